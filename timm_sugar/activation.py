@@ -1,0 +1,137 @@
+"""`sugar()` and the `SUGAR` module: ReLU forward, a surrogate's derivative backward.
+
+The one place that knows autograd, compilers and exporters. Everything goes through one dispatcher operator,
+`torch.ops.timm_sugar.relu`: tracers that look through an autograd.Function and keep ReLU's gradient (torch.fx,
+torch.export) see an operator and leave it alone, while autograd, vmap and compilers find its meaning by dispatch.
+"""
+
+from __future__ import annotations
+
+import traceback
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._functorch.utils import enable_single_level_autograd_function  # semi-private, guarded by tests
+from torch.autograd.function import _SingleLevelFunction
+
+from timm_sugar.surrogate import get_surrogate, resolve_parameters, surrogate_derivative
+
+_library = torch.library.Library("timm_sugar", "DEF")
+# `formula` names the derivative's code: compiler caches key on an operator's arguments, not on its Python kernel.
+_library.define(
+    "relu(Tensor x, str surrogate, float[] values, str formula) -> Tensor",
+    tags=(torch.Tag.pointwise, torch.Tag.pt2_compliant_tag),
+)
+_operator = torch.ops.timm_sugar.relu.default
+
+
+class _SugarFunction(_SingleLevelFunction):
+    """Plain `autograd.Function.apply` can't be called below autograd's dispatch key; its single-level form can."""
+
+    @staticmethod
+    def forward(x: Tensor, surrogate: str, values: list[float]) -> Tensor:
+        return torch.ops.aten.relu.default(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+        x, ctx.surrogate, ctx.values = inputs
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+
+    @staticmethod
+    def _times_derivative(ctx, direction: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        (x,) = ctx.saved_tensors
+        return (direction * surrogate_derivative(x, ctx.surrogate, ctx.values)).to(direction.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
+        return _SugarFunction._times_derivative(ctx, grad), None, None
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, *_: None) -> Tensor:  # type: ignore[no-untyped-def]
+        return _SugarFunction._times_derivative(ctx, tangent)
+
+
+def _autograd_kernel(x: Tensor, surrogate: str, values: list[float], formula: str) -> Tensor:
+    if not torch.is_grad_enabled():
+        return torch.ops.aten.relu.default(x)
+    with enable_single_level_autograd_function():
+        return _SugarFunction.apply(x, surrogate, values)  # type: ignore[attr-defined]
+
+
+def _plain_kernel(x: Tensor, surrogate: str, values: list[float], formula: str) -> Tensor:
+    return torch.ops.aten.relu.default(x)
+
+
+def _vmap_rule(info, in_dims, x: Tensor, *arguments) -> tuple[Tensor, int]:  # type: ignore[no-untyped-def]
+    return _operator(x, *arguments), in_dims[0]
+
+
+_library.impl("relu", _autograd_kernel, "Autograd")
+_library.impl("relu", _plain_kernel, "CompositeExplicitAutograd")
+torch.library.register_vmap("timm_sugar::relu", _vmap_rule, lib=_library)
+
+
+def _repeats_trace_with_gradients() -> bool:
+    """Whether torch.jit.trace is checking, as always without gradients, a graph that it recorded with them."""
+    frames = (frame for frame, _ in traceback.walk_stack(None) if frame.f_code.co_name == "_check_trace")
+    return any("timm_sugar::relu" in str(frame.f_locals["traced_func"].inlined_graph) for frame in frames)
+
+
+def _is_plain_relu(x: Tensor) -> bool:
+    """Whether nothing can ask for a gradient here, so that a deployed graph holds ReLU and no more."""
+    if isinstance(x, torch.fx.Proxy):  # has no dtype, and its graph may run with gradients later
+        return False
+    if not x.is_floating_point():
+        raise TypeError(f"sugar() needs a real floating-point tensor, not {x.dtype}: convert it, e.g. with .float()")
+    if torch.jit.is_tracing():
+        return torch.onnx.is_in_onnx_export() or not (torch.is_grad_enabled() or _repeats_trace_with_gradients())
+    return not torch.is_grad_enabled()
+
+
+def _apply(x: Tensor, surrogate: str, values: list[float], formula: str) -> Tensor:
+    if not torch.jit.is_scripting():  # noqa: SIM102 - alone, so that TorchScript skips what it can't compile
+        if _is_plain_relu(x):
+            return F.relu(x)
+    return torch.ops.timm_sugar.relu(x, surrogate, values, formula)
+
+
+def sugar(x: Tensor, surrogate: str = "bsilu", **parameters: float) -> Tensor:
+    """relu(x), whose gradient is that of the surrogate: grad * surrogate'(x) (SUGAR, arXiv 2505.22074, eq. 4).
+
+    x: any shape, elementwise, real floating point. Bit-equal to `F.relu(x)` in value. `parameters` are the surrogate's,
+    e.g. alpha. Raises TypeError for another dtype or an unknown parameter, ValueError for an unknown surrogate or a
+    parameter that is not finite and positive.
+    """
+    return _apply(x, surrogate, resolve_parameters(surrogate, parameters), get_surrogate(surrogate).formula)
+
+
+class SUGAR(nn.Module):
+    """`sugar` as a module, for any place that takes an activation layer.
+
+    `inplace` comes first and is accepted because timm and torchvision pass it; it has no effect, as the backward pass
+    needs the pre-activation. Raises as `sugar` does.
+    """
+
+    def __init__(self, inplace: bool = False, *, surrogate: str = "bsilu", **parameters: float) -> None:
+        super().__init__()
+        self.surrogate = surrogate
+        self.values = resolve_parameters(surrogate, parameters)
+        self.formula = get_surrogate(surrogate).formula
+
+    def forward(self, x: Tensor) -> Tensor:
+        """relu(x), any shape."""
+        return _apply(x, self.surrogate, self.values, self.formula)
+
+    def extra_repr(self) -> str:
+        parameters = zip(get_surrogate(self.surrogate).parameters, self.values, strict=True)
+        return ", ".join([f"surrogate={self.surrogate!r}", *(f"{key}={value:g}" for key, value in parameters)])
+
+
+class FunctionalSUGAR(SUGAR):
+    """SUGAR in the place of a function such as `F.gelu` that a model keeps as an attribute, and called like that."""
+
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+        """relu(x), any shape; `inplace` has no effect."""
+        return _apply(x, self.surrogate, self.values, self.formula)

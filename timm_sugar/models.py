@@ -1,0 +1,102 @@
+"""A `<name>_sugar` entrypoint in timm's registry for every timm architecture, with its tags and a few short names.
+
+An entrypoint builds the base model with timm's own entrypoint, weights included, and replaces its activations. So every
+argument, feature extractor and method of the base works, and the names of the weights stay the same.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from timm.models import (
+    DefaultCfg,
+    PretrainedCfg,
+    get_arch_pretrained_cfgs,
+    list_models,
+    model_entrypoint,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from torch import nn
+
+from timm_sugar.surgery import sugarize
+from timm_sugar.surrogate import get_surrogate, list_surrogates, resolve_parameters
+
+SUFFIX = "_sugar"
+
+# Short names, without the suffix: what users call the architecture.
+ALIASES = {"swin_tiny": "swin_tiny_patch4_window7_224"}
+
+# Architectures without a SUGAR variant (patterns of base names), and why: a name works whole or isn't registered.
+LEFT_OUT = {
+    "mobilevitv2_*": "its linear attention calls F.relu inside a hand-written forward",
+    "legacy_xception": "its forward_intermediates() applies F.relu to the features it returns",
+    "nasnetalarge": "its forward_intermediates() applies F.relu to the features it returns",
+    "pnasnet5large": "its forward_intermediates() applies F.relu to the features it returns",
+}
+
+# Weights that were trained with SUGAR: {"<name>_sugar.<tag>": PretrainedCfg(hf_hub_id=..., num_classes=..., ...)}.
+SUGAR_TAGS: dict[str, PretrainedCfg] = {}
+
+default_cfgs: dict[str, DefaultCfg] = {}  # where timm's register_model looks for the tags of this module's names
+
+
+def is_left_out(base: str) -> bool:
+    """Whether a timm architecture has no SUGAR variant; LEFT_OUT has the reason."""
+    return any(fnmatch.fnmatchcase(base, pattern) for pattern in LEFT_OUT)
+
+
+def _create_entrypoint(name: str, base: str) -> Callable[..., nn.Module]:
+    """The function that timm calls to build `name`: the base model, its hidden activations replaced by SUGAR."""
+
+    def create(
+        pretrained: bool = False,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: dict[str, Any] | None = None,
+        surrogate: str = "bsilu",
+        **kwargs: Any,
+    ) -> nn.Module:
+        known = {key for other in list_surrogates() for key in get_surrogate(other).parameters}
+        parameters = {key: kwargs.pop(key) for key in known & kwargs.keys()}
+        resolve_parameters(surrogate, parameters)  # complain before anything is built or downloaded
+        cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
+        model = model_entrypoint(base)(pretrained=pretrained, pretrained_cfg=cfg, **kwargs)
+        trained_with = sorted(set(sugarize(model, surrogate, **parameters).values()) - {"ReLU", "relu"})
+        if pretrained and trained_with and not _is_trained_with_sugar(name, cfg):
+            warnings.warn(
+                f"{name}: the weights ({cfg.tag or 'untagged'}) were trained with {', '.join(trained_with)} where this "
+                "model has ReLU, so they are a starting point that needs fine-tuning. (Weights that were already "
+                "fine-tuned with SUGAR load without this warning through checkpoint_path=.)",
+                stacklevel=3,
+            )
+        return model
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"timm's {base} with SUGAR activations; takes `surrogate`, its parameters, and what {base} takes."
+    return create
+
+
+def _is_trained_with_sugar(name: str, cfg: PretrainedCfg) -> bool:
+    """Whether weights come from a saved SUGAR model (Hub, folder: its config names this architecture) or SUGAR_TAGS."""
+    return cfg.source in ("hf-hub", "local-dir") or f"{name}.{cfg.tag}" in SUGAR_TAGS
+
+
+def _tags(name: str, base: str) -> DefaultCfg:
+    """Every tag of the base, the default one first, then those of weights trained with SUGAR."""
+    cfgs = {full.partition(".")[2]: cfg for full, cfg in get_arch_pretrained_cfgs(base).items()}
+    cfgs |= {full.partition(".")[2]: cfg for full, cfg in SUGAR_TAGS.items() if full.partition(".")[0] == name}
+    return DefaultCfg(deque(cfgs), cfgs, is_pretrained=any(cfg.has_weights for cfg in cfgs.values()))
+
+
+def _register(name: str, base: str) -> None:
+    default_cfgs[name] = _tags(name, base)
+    globals()[name] = register_model(_create_entrypoint(name, base))
+
+
+_bases = [base for base in list_models() if not base.endswith(SUFFIX) and not is_left_out(base)]
+for _name, _base in [*zip(_bases, _bases, strict=True), *ALIASES.items()]:
+    _register(_name + SUFFIX, _base)
