@@ -266,6 +266,7 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, Path | None]:
         options += yaml_options(str(saved), parser) if saved.exists() else []
     options += yaml_options(first.config, parser) if first.config else []
     args = parser.parse_args([*options, *argv])
+    args.given = {k: v for k, v in vars(args).items() if k not in ("config", "resume")}  # for args.yaml
     check_options(args)
     return args, resume
 
@@ -286,3 +287,377 @@ def check_options(args: argparse.Namespace) -> None:
     usable = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(kind, lambda: True)()
     if not usable:
         raise UserError(f"--device {args.device}: there is none on this machine; leave --device out to use what there is")
+
+
+def build_model(args: argparse.Namespace) -> nn.Module:
+    """The model that the options name, on the CPU, its weights drawn from --seed."""
+    random_seed(args.seed)
+    kwargs: dict[str, Any] = {
+        "num_classes": args.num_classes,
+        "drop_rate": args.drop,
+        "drop_path_rate": args.drop_path,
+        "drop_block_rate": args.drop_block,
+        "global_pool": args.gp,
+        **args.model_kwargs,
+    }
+    if args.pretrained_path:  # num_classes=-1 makes timm fit the head to the data
+        kwargs["pretrained_cfg_overlay"] = {"file": args.pretrained_path, "num_classes": -1}
+    with explained(f"can't create model {args.model}"):
+        kwargs = resolve_model_input_args(args.model, vars(args), **kwargs)
+        model = create_model(pretrained=args.pretrained, checkpoint_path=args.initial_checkpoint, **kwargs)
+        if args.grad_checkpointing:
+            model.set_grad_checkpointing(enable=True)
+    args.num_classes = model.num_classes
+    return model
+
+
+def build_loaders(args: argparse.Namespace, data_config: dict[str, Any], device: torch.device) -> tuple[Any, Any]:
+    """Training and validation loader; the latter is None without --val-split. Raises DataError."""
+    mode = "RGB" if data_config["input_size"][0] == 3 else "L"
+
+    def dataset(split: str, training: bool) -> Any:
+        samples = args.train_num_samples if training else args.val_num_samples
+        return open_dataset(
+            args.dataset, args.data_dir, split, skip_broken=args.skip_broken_images, is_training=training,
+            download=args.dataset_download, class_map=args.class_map, batch_size=args.batch_size, seed=args.seed,
+            num_samples=samples, input_img_mode=mode, input_key=args.input_key, target_key=args.target_key,
+        )  # fmt: skip
+
+    train = dataset(args.train_split, True)
+    validation = dataset(args.val_split, False) if args.val_split else None
+    check_classes(train, validation or train, args.num_classes)
+    shared = {
+        "input_size": data_config["input_size"], "mean": data_config["mean"], "std": data_config["std"],
+        "num_workers": args.workers, "pin_memory": args.pin_mem, "device": device, "distributed": args.distributed,
+    }  # fmt: skip
+    mixup = None
+    if args.mixup or args.cutmix:
+        mixup = FastCollateMixup(
+            mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, prob=args.mixup_prob,
+            switch_prob=args.mixup_switch_prob, mode=args.mixup_mode, label_smoothing=args.smoothing,
+            num_classes=args.num_classes,
+        )  # fmt: skip
+    train_loader = create_loader(
+        train, batch_size=args.batch_size, is_training=True, no_aug=args.no_aug, re_prob=args.reprob,
+        re_mode=args.remode, re_count=args.recount, train_crop_mode=args.train_crop_mode, scale=args.scale,
+        ratio=args.ratio, hflip=args.hflip, vflip=args.vflip, color_jitter=args.color_jitter, auto_augment=args.aa,
+        num_aug_repeats=args.aug_repeats, collate_fn=mixup,
+        interpolation=data_config["interpolation"] if args.no_aug else args.train_interpolation,
+        persistent_workers=False,  # new workers each epoch take their seed from it, old ones can't be resumed
+        **shared,
+    )  # fmt: skip
+    if not len(train_loader):
+        raise DataError(f"the training split has {len(train)} images, fewer than one batch of {args.batch_size}")
+    if validation is None:
+        return train_loader, None
+    batch_size = args.validation_batch_size or args.batch_size
+    return train_loader, create_loader(
+        validation, batch_size=batch_size, is_training=False, interpolation=data_config["interpolation"],
+        crop_pct=data_config["crop_pct"], **shared,
+    )  # fmt: skip
+
+
+def seed_epoch(args: argparse.Namespace, loader: Any, epoch: int) -> None:
+    """Derive all randomness of an epoch from (seed, epoch, rank): a resumed run then needs no generator states."""
+    random_seed(random.Random(f"{args.seed}/{epoch}").getrandbits(31), args.rank)
+    for part in (loader.dataset, loader.sampler):
+        if hasattr(part, "set_epoch"):
+            part.set_epoch(epoch)
+    if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
+        loader.mixup_enabled = False
+
+
+class Run:
+    """One training run: the model with all that training changes, and the folder that keeps it."""
+
+    def __init__(self, args: argparse.Namespace, resume: Path | None) -> None:
+        self.args, self.resume = args, resume
+        self.rows: list[dict[str, Any]] = []  # of summary.csv
+        self.folder: Path | None = None  # on the first process only
+        self.device = init_distributed_device(args)
+        model = build_model(args)
+        data_config = resolve_data_config(vars(args), model=model)
+        self.train_loader, self.eval_loader = build_loaders(args, data_config, self.device)
+        model.to(self.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+        soft = bool(args.mixup or args.cutmix)
+        loss = {"loss_type": "bce" if args.bce_loss else "ce", "smoothing": args.smoothing, "soft_targets": soft}
+        if args.bce_loss:
+            loss["bce_target_thresh"] = args.bce_target_thresh
+        self.task = ClassificationTask(model, criterion_kwargs=loss, device=self.device, verbose=False)
+        self.scaler = NativeScaler() if args.amp_dtype == "float16" and args.amp and self.device.type == "cuda" else None
+        self.autocast: Any = nullcontext
+        if args.amp:
+            self.autocast = partial(torch.autocast, self.device.type, dtype=getattr(torch, args.amp_dtype))
+        self.build_optimizer()
+        if args.model_ema:
+            self.task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+        name = args.experiment or "-".join(
+            [datetime.now().strftime("%Y%m%d-%H%M%S"), safe_model_name(args.model), str(data_config["input_size"][-1])]
+        )
+        folder = Path(args.output, name)
+        if resume and not args.experiment:
+            folder = resume if resume.is_dir() else resume.parent
+        self.start_epoch, metric = self.restore()
+        if args.torchcompile:
+            self.task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
+        if args.distributed:
+            self.task.prepare_distributed(device_ids=[self.device] if self.device.type == "cuda" else None)
+        if args.rank == 0:
+            self.open_folder(folder, metric)
+
+    def build_optimizer(self) -> None:
+        args = self.args
+        self.updates = math.ceil(len(self.train_loader) / args.grad_accum_steps)  # per epoch
+        if not args.lr:
+            ratio = args.batch_size * args.world_size * args.grad_accum_steps / args.lr_base_size
+            root = args.lr_base_scale == "sqrt" or (
+                not args.lr_base_scale and any(word in args.opt.lower() for word in ("ada", "lamb"))
+            )
+            args.lr = args.lr_base * (ratio**0.5 if root else ratio)
+        with explained("can't create optimizer or schedule"):
+            self.optimizer = create_optimizer_v2(self.task.get_trainable_module(), **optimizer_kwargs(args), **args.opt_kwargs)
+            self.scheduler, self.epochs = create_scheduler_v2(
+                self.optimizer, **scheduler_kwargs(args, decreasing_metric=args.eval_metric == "loss"),
+                updates_per_epoch=self.updates,
+            )  # fmt: skip
+
+    def restore(self) -> tuple[int, float | None]:
+        """Load the checkpoint to resume, if any; return the epoch to start with and the metric of the one before."""
+        path = find_checkpoint(self.resume)
+        if path is None:
+            return 0, None
+        state = read_checkpoint(path, self.args.model)
+        with explained(f"checkpoint {path} doesn't fit model {self.args.model} with these options"):
+            self.task.load_checkpoint_state(clean_state_dict(state["state_dict"]))
+            if self.task.has_ema():
+                ema = state.get("state_dict_ema", state["state_dict"])
+                self.task.load_checkpoint_state(clean_state_dict(ema), ema=True)
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.scaler and self.scaler.state_dict_key in state:
+                self.scaler.load_state_dict(state[self.scaler.state_dict_key])
+        start = state["epoch"] + 1
+        if start >= self.epochs:
+            raise UserError(f"--resume {path}: the run is finished ({start} of {self.epochs} epochs); give more --epochs")
+        if self.scheduler:
+            self.scheduler.step(start)
+            self.scheduler.step_update(start * self.updates)
+        return start, state.get("metric")
+
+    def open_folder(self, folder: Path, metric: float | None) -> None:
+        """Make or reopen the folder of the run; finish the save that a kill may have cut short."""
+        resumed = self.resume is not None and folder in (self.resume, self.resume.parent)
+        if folder.exists() and not resumed and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"output folder {folder} exists: choose another --experiment or continue it with --resume")
+        with explained(f"can't write to output folder {folder}"):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(folder / "args.yaml", yaml.safe_dump(self.args.given, default_flow_style=False))
+            if resumed and (folder / "summary.csv").exists():
+                with open(folder / "summary.csv", newline="") as file:
+                    self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < self.start_epoch]
+        self.folder = folder
+        self.saver = CheckpointSaver(
+            model=self.task.get_trainable_module(), optimizer=self.optimizer, amp_scaler=self.scaler, task=self.task,
+            args=argparse.Namespace(**{k: v for k, v in vars(self.args).items() if k != "given"}),
+            checkpoint_dir=str(folder), recovery_dir=str(folder), decreasing=self.args.eval_metric == "loss",
+            max_history=self.args.checkpoint_hist,
+        )  # fmt: skip
+        if self.start_epoch:
+            with self.saving():
+                history = read_checkpoint(find_checkpoint(self.resume), self.args.model).get("saver", {})  # type: ignore[arg-type]
+                self.saver.load_state_dict({**history, "pending": (None, None)})
+                self.saver.save_checkpoint(self.start_epoch - 1, metric)
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Where a full disk ends the run with a line, leaving the checkpoint before this one."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
+            for path in Path(str(self.folder)).glob("*tmp*"):
+                path.unlink()
+            reason = " ".join(str(error).split())
+            raise UserError(f"can't save to {self.folder} ({reason}); make room, then {self.resume_command}") from error
+
+    @property
+    def resume_command(self) -> str:
+        return f"continue with: python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(self.folder))}"
+
+    def train(self) -> None:
+        """All remaining epochs."""
+        for epoch in range(self.start_epoch, self.epochs):
+            seed_epoch(self.args, self.train_loader, epoch)
+            lr = sum(group["lr"] for group in self.optimizer.param_groups) / len(self.optimizer.param_groups)
+            row = {"epoch": epoch, "train_loss": self.train_one_epoch(epoch)}
+            if self.eval_loader is not None:
+                metrics = self.evaluate(epoch)
+                if self.task.has_ema():
+                    metrics = self.evaluate(epoch, ema=True)
+                row.update({f"eval_{k}": v for k, v in metrics.items()})
+            row["lr"] = lr
+            if self.folder:
+                self.save(epoch, row)
+            if self.scheduler:
+                self.scheduler.step(epoch + 1)
+
+    def train_one_epoch(self, epoch: int) -> float:
+        """One pass over the training data; returns the mean loss of all processes."""
+        args, task, losses, accum = self.args, self.task, AverageMeter(), self.args.grad_accum_steps
+        batches = len(self.train_loader)
+        images, start, update = 0, time.time(), epoch * self.updates
+        task.get_trainable_module().train()
+        bar = tqdm(self.train_loader, f"epoch {epoch}", leave=False, disable=args.rank > 0 or not sys.stderr.isatty())
+        for i, (x, y) in enumerate(bar):
+            last = (i + 1) % accum == 0 or i + 1 == batches
+            group = min(accum, batches - i // accum * accum)  # batches in this update
+            x = x.contiguous(memory_format=torch.channels_last) if args.channels_last else x
+            with nullcontext() if last else task.no_sync():
+                with self.autocast():
+                    loss = task(x, y)["loss"]
+                self.backward(loss / group, last)
+            losses.update(loss.item(), len(x))
+            images += len(x) * args.world_size
+            if not last:
+                continue
+            update += 1
+            task.update_ema(step=update)
+            if self.scheduler:
+                self.scheduler.step_update(update)
+            speed = images / (time.time() - start)
+            bar.set_postfix_str(f"loss {losses.avg:.4f}, {speed:.0f} img/s", refresh=False)
+            done = update - epoch * self.updates
+            if bar.disable and args.rank == 0 and (done % args.log_interval == 0 or done == self.updates):
+                print(f"epoch {epoch} update {done}/{self.updates} loss {losses.avg:.4f} {speed:.0f} img/s", flush=True)
+        if not args.distributed:
+            return losses.avg
+        for ema in (False, True) if task.has_ema() else (False,):
+            distribute_bn(task.get_trainable_module(ema=ema), args.world_size, reduce=True)
+        mean = torch.tensor(losses.avg, device=self.device)
+        torch.distributed.all_reduce(mean)
+        return mean.item() / args.world_size
+
+    def backward(self, loss: torch.Tensor, update: bool) -> None:
+        """Add the gradient of a loss; update the weights if it completes a batch."""
+        args, agc = self.args, self.args.clip_mode == "agc"
+        parameters = None if args.clip_grad is None else self.task.get_clip_parameters(exclude_head=agc)
+        if self.scaler:
+            self.scaler(loss, self.optimizer, args.clip_grad, args.clip_mode, parameters, need_update=update)
+        else:
+            loss.backward()
+            if update and args.clip_grad is not None:
+                dispatch_clip_grad(parameters, args.clip_grad, args.clip_mode)
+            if update:
+                self.optimizer.step()
+        if update:
+            self.optimizer.zero_grad()
+
+    @torch.inference_mode()
+    def evaluate(self, epoch: int, ema: bool = False) -> dict[str, float]:
+        """Loss, top-1 and top-5 (percent), share of dead units and zeros (0..1) on the validation data."""
+        args = self.args
+        model = unwrap_model(self.task.get_trainable_module(ema=ema)).eval()
+        evaluator = self.task.create_evaluator(max_samples=evaluation_sample_limit(self.eval_loader))
+        quiet = args.rank > 0 or not sys.stderr.isatty()
+        with watch(model) as activations:
+            for x, y in tqdm(self.eval_loader, "validation", leave=False, disable=quiet):
+                x = x.contiguous(memory_format=torch.channels_last) if args.channels_last else x
+                with self.autocast():
+                    output = model(x)
+                evaluator.update(output, y)
+        if args.distributed:
+            activations.reduce()
+        metrics = dict(evaluator.compute(distributed=args.distributed))
+        metrics.update(dead_units=activations.dead, sparsity=activations.sparsity)
+        if args.rank == 0:
+            text = " ".join(f"{k} {v:.3f}" for k, v in metrics.items())
+            print(f"epoch {epoch} validation{' (EMA)' if ema else ''}: {text}", flush=True)
+        return metrics
+
+    def save(self, epoch: int, row: dict[str, Any]) -> None:
+        """Summary first, checkpoint second: a kill in between leaves a row that the resumed run replaces."""
+        assert self.folder
+        self.rows.append(row)
+        metric = row.get(f"eval_{self.args.eval_metric}", row["train_loss"])
+        with self.saving():
+            lines = [",".join(row), *(",".join(str(r[k]) for k in row) for r in self.rows)]
+            write_atomically(self.folder / "summary.csv", "\n".join(lines) + "\n")
+            self.saver.save_checkpoint(epoch, metric)
+            plot_curves(self.rows, self.folder / "curves.png")
+
+
+def find_checkpoint(resume: Path | None) -> Path | None:
+    """The newest whole checkpoint of a run folder (or the file itself); None if the run was killed before its first."""
+    if resume is None or resume.is_file() or (resume / _LAST).exists():
+        return resume / _LAST if resume and resume.is_dir() else resume
+    # A kill between removing the old last.pth.tar and renaming the new one into place.
+    epochs = sorted(resume.glob("checkpoint-*.pth.tar"), key=lambda p: int(p.name[11:-8]), reverse=True)
+    for path in (resume / _PARTIAL, *epochs):
+        try:
+            read_checkpoint(path, None)
+        except UserError:
+            continue
+        return path
+    return None
+
+
+def read_checkpoint(path: Path, model: str | None) -> dict[str, Any]:
+    """A training checkpoint on the CPU. Raises UserError if it is damaged, something else, or of another model."""
+    with explained(f"{path} is not a whole checkpoint"), torch.serialization.safe_globals([argparse.Namespace]):
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(state, dict) or not {"state_dict", "optimizer", "epoch"} <= state.keys():
+        raise UserError(f"{path} is not a training checkpoint (no optimizer state); use it as --initial-checkpoint")
+    if model and str(state.get("arch", model)).split(".")[0] != model.split(".")[0]:
+        raise UserError(f"{path} is a checkpoint of {state['arch']}, not of {model}")
+    return state
+
+
+def write_atomically(path: Path, content: str) -> None:
+    partial_path = path.with_name(f"tmp-{path.name}")
+    partial_path.write_text(content)
+    os.replace(partial_path, path)
+
+
+def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
+    """Loss, accuracy and activity over the epochs, as a picture."""
+    from matplotlib.figure import Figure  # here, since only the first process draws
+
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    panels = {"loss": ("train_loss", "eval_loss"), "accuracy (%)": ("eval_top1", "eval_top5"),
+              "hidden activations (share)": ("eval_dead_units", "eval_sparsity")}  # fmt: skip
+    for axes, (title, keys) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for key in keys:
+            if key in rows[-1]:
+                axes.plot([int(r["epoch"]) for r in rows], [float(r[key]) for r in rows], ".-", label=key)
+                axes.legend()
+        axes.set(title=title, xlabel="epoch")
+    partial_path = path.with_name(f"tmp-{path.name}")
+    figure.savefig(partial_path, dpi=100)
+    os.replace(partial_path, path)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train; returns 0, or 130 after Ctrl-C. A user's mistake exits with status 2 and one line on stderr."""
+    run: Run | None = None
+    try:
+        args, resume = parse_args(sys.argv[1:] if argv is None else argv)
+        for module in args.device_modules or ():
+            importlib.import_module(module)
+        run = Run(args, resume)
+        run.train()
+    except (UserError, DataError) as error:
+        text = str(error).strip().splitlines()[-1]  # loader processes send a traceback, whose last line counts
+        Parser(prog="train.py").error(text.removeprefix("timm_sugar.data.DataError: "))
+    except KeyboardInterrupt:
+        if run and run.folder:
+            print(f"\ninterrupted; {run.resume_command}", file=sys.stderr)
+        return 130
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    if run.folder:
+        best = f"; best {args.eval_metric} {run.saver.best_metric:.3f} in epoch {run.saver.best_epoch}"
+        print(f"done: {run.folder}{best}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
