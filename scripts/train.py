@@ -13,12 +13,8 @@ args.yaml, summary.csv, curves.png, last.pth.tar, model_best.pth.tar and the bes
 from __future__ import annotations
 
 import argparse
-import csv
-import difflib
 import importlib
 import math
-import os
-import pickle
 import random
 import shlex
 import sys
@@ -28,7 +24,7 @@ from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import yaml
@@ -41,7 +37,6 @@ from timm.utils import (
     AverageMeter,
     CheckpointSaver,
     NativeScaler,
-    ParseKwargs,
     dispatch_clip_grad,
     distribute_bn,
     init_distributed_device,
@@ -52,63 +47,31 @@ from torch import nn
 from tqdm import tqdm
 
 import timm_sugar  # noqa: F401  registers the models
+from timm_sugar.cli import KeyValues, Parser, UserError, choose_device, explained, yaml_options
 from timm_sugar.data import DataError, check_classes, open_dataset
 from timm_sugar.diagnose import watch
-
-# What timm, torch and the file system raise for a user's mistake; anything else is a bug and keeps its traceback.
-_MISTAKES = (RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError, EOFError, pickle.UnpicklingError)
-_LAST, _PARTIAL = "last.pth.tar", "tmp.pth.tar"  # as CheckpointSaver names them
-
-
-class UserError(Exception):
-    """A user's mistake; the message is one line that says what was wrong and what to do."""
-
-
-@contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Turn an error inside the block into a UserError that starts with `what`."""
-    try:
-        yield
-    except _MISTAKES as error:
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{what}: {text if len(text) < 300 else text[:300] + ' ...'}") from error
-
-
-class Parser(argparse.ArgumentParser):
-    """Argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-class KeyValues(ParseKwargs):
-    """timm's `name=value ...` option, with an error instead of a traceback where the = is missing."""
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        for value in values:
-            if "=" not in value:
-                parser.error(f"argument {option_string}: expected name=value, not {value!r}")
-        super().__call__(parser, namespace, values, option_string)
+from timm_sugar.runs import find_checkpoint, plot_curves, read_checkpoint, read_summary, write_atomically, write_summary
 
 
 def build_parser() -> Parser:
     """All options; names, meanings and defaults are those of timm's train script unless the help says otherwise."""
-    parser = Parser(
-        prog="train.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Options have the names and defaults of timm's train.py; '(timm: ...)' marks a default that differs.",
-    )
+    epilog = "Options have the names and defaults of timm's train.py; '(timm: ...)' marks what differs."
+    parser = Parser("train.py", description=__doc__, epilog=epilog)
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML with option names as keys; options given here win")
-    parser.add_argument("--resume", metavar="PATH", help="continue a run: its folder, a checkpoint in it, or 'auto' to "
-                        "continue OUTPUT/EXPERIMENT if it exists; options come from its args.yaml unless given")
-    flag, whole, real = {"action": "store_true"}, {"type": int, "metavar": "N"}, {"type": float, "metavar": "X"}
+    parser.add_argument(
+        "--resume",
+        metavar="PATH",
+        help="continue a run: its folder, a checkpoint in it, or 'auto' to "
+        "continue OUTPUT/EXPERIMENT if it exists; options come from its args.yaml unless given",
+    )
+    flag: dict[str, Any] = {"action": "store_true"}
+    whole: dict[str, Any] = {"type": int, "metavar": "N"}
+    real: dict[str, Any] = {"type": float, "metavar": "X"}
     reals: dict[str, Any] = {"type": float, "nargs": "+", "metavar": "X"}
 
     add = parser.add_argument_group("data").add_argument
     add("--data-dir", metavar="DIR", help="data folder with one folder per split and class")
-    add("--dataset", default="", metavar="NAME", help="type/name, e.g. torch/cifar10, hfds/..., wds/... (default: folder)")
+    add("--dataset", default="", metavar="NAME", help="type/name: torch/cifar10, hfds/..., wds/... (default: folder)")
     add("--train-split", default="train", metavar="NAME")
     add("--val-split", default="validation", metavar="NAME")
     add("--dataset-download", **flag, help="let torch/, tfds/ data sets download themselves")
@@ -117,8 +80,12 @@ def build_parser() -> Parser:
     add("--target-key", metavar="KEY", help="name of the label column (hfds, wds)")
     add("--train-num-samples", **whole, help="size of an iterable data set (wds, hfids)")
     add("--val-num-samples", **whole, help="size of an iterable data set (wds, hfids)")
-    add("--skip-broken-images", **flag, help="take the next image for one that can't be read (timm: always); "
-        "without it the run stops and names the file")
+    add(
+        "--skip-broken-images",
+        **flag,
+        help="take the next image for one that can't be read (timm: always); "
+        "without it the run stops and names the file",
+    )
     add("-j", "--workers", **whole, default=4, help="loader processes (default: %(default)s)")
     add("--pin-mem", **flag)
 
@@ -170,11 +137,15 @@ def build_parser() -> Parser:
     add("--layer-decay", **real, help="learning rate factor from each layer to the one before it")
     add("--layer-decay-min-scale", **real, default=0)
     add("--lr", **real, help="learning rate (default: from --lr-base)")
-    add("--lr-base", **real, default=0.1, help="learning rate per --lr-base-size images in a batch (default: %(default)s)")
+    add("--lr-base", **real, default=0.1, help="learning rate at a batch of --lr-base-size (default: %(default)s)")
     add("--lr-base-size", **whole, default=256)
-    add("--lr-base-scale", default="", choices=("", "linear", "sqrt"), help="(default: sqrt for ada*, lamb; else linear)")
-    add("--sched", default="cosine", choices=("cosine", "tanh", "poly", "step", "multistep", "wsd", "constant", "none"),
-        help="(default: %(default)s); timm's plateau can't be resumed exactly and is left out")
+    add("--lr-base-scale", default="", choices=("", "linear", "sqrt"), help="(default: sqrt for ada*, lamb)")
+    add(
+        "--sched",
+        default="cosine",
+        choices=("cosine", "tanh", "poly", "step", "multistep", "wsd", "constant", "none"),
+        help="(default: %(default)s); timm's plateau can't be resumed exactly and is left out",
+    )
     add("--sched-on-updates", **flag, help="change the learning rate at each update, not each epoch")
     add("--warmup-epochs", **whole, default=5, help="(default: %(default)s)")
     add("--warmup-lr", **real, default=1e-5, help="(default: %(default)s)")
@@ -219,33 +190,6 @@ def build_parser() -> Parser:
     return parser
 
 
-def yaml_options(path: str, parser: Parser) -> list[str]:
-    """The keys and values of a YAML file as command line options, so that one parser checks both."""
-    with explained(f"can't read {path}"):
-        try:
-            values = yaml.safe_load(Path(path).read_text()) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(error) from error
-    known = vars(parser.parse_args([]))
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected 'option: value' lines")
-    options: list[str] = []
-    for key, value in values.items():
-        if key not in known or key in ("config", "resume"):
-            close = difflib.get_close_matches(str(key), known, 1)
-            raise UserError(f"{path}: unknown key {key!r}" + (f", did you mean {close[0]!r}?" if close else ""))
-        option = "--" + key.replace("_", "-")
-        if value is None:
-            parser.set_defaults(**{key: None})
-        elif isinstance(value, dict):
-            options += [option, *(f"{k}={v}" for k, v in value.items())]
-        elif isinstance(value, list):
-            options += [option, *map(str, value)]
-        elif value is not False or known[key] is not False:
-            options.append(option if value is True else f"{option}={value}")
-    return options
-
-
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, Path | None]:
     """Options and the checkpoint or run folder to resume; later wins: defaults, args.yaml of the run, YAML, options."""
     parser = build_parser()
@@ -280,13 +224,7 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError("--pretrained-path has no effect without --pretrained")
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         raise UserError(f"--mixup and --cutmix need an even --batch-size, not {args.batch_size}")
-    if not args.device:
-        args.device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    with explained(f"--device {args.device}"):
-        kind = torch.device(args.device).type
-    usable = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}.get(kind, lambda: True)()
-    if not usable:
-        raise UserError(f"--device {args.device}: there is none on this machine; leave --device out to use what there is")
+    args.device = choose_device(args.device)
 
 
 def build_model(args: argparse.Namespace) -> nn.Module:
@@ -304,7 +242,7 @@ def build_model(args: argparse.Namespace) -> nn.Module:
         kwargs["pretrained_cfg_overlay"] = {"file": args.pretrained_path, "num_classes": -1}
     with explained(f"can't create model {args.model}"):
         kwargs = resolve_model_input_args(args.model, vars(args), **kwargs)
-        model = create_model(pretrained=args.pretrained, checkpoint_path=args.initial_checkpoint, **kwargs)
+        model: Any = create_model(pretrained=args.pretrained, checkpoint_path=args.initial_checkpoint, **kwargs)
         if args.grad_checkpointing:
             model.set_grad_checkpointing(enable=True)
     args.num_classes = model.num_classes
@@ -378,13 +316,16 @@ class Run:
         model = build_model(args)
         data_config = resolve_data_config(vars(args), model=model)
         self.train_loader, self.eval_loader = build_loaders(args, data_config, self.device)
-        model.to(self.device, memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
+        model.to(self.device)
+        if args.channels_last:
+            model.to(memory_format=torch.channels_last)
         soft = bool(args.mixup or args.cutmix)
         loss = {"loss_type": "bce" if args.bce_loss else "ce", "smoothing": args.smoothing, "soft_targets": soft}
         if args.bce_loss:
             loss["bce_target_thresh"] = args.bce_target_thresh
         self.task = ClassificationTask(model, criterion_kwargs=loss, device=self.device, verbose=False)
-        self.scaler = NativeScaler() if args.amp_dtype == "float16" and args.amp and self.device.type == "cuda" else None
+        scaled = args.amp and args.amp_dtype == "float16" and self.device.type == "cuda"
+        self.scaler = NativeScaler() if scaled else None
         self.autocast: Any = nullcontext
         if args.amp:
             self.autocast = partial(torch.autocast, self.device.type, dtype=getattr(torch, args.amp_dtype))
@@ -397,13 +338,14 @@ class Run:
         folder = Path(args.output, name)
         if resume and not args.experiment:
             folder = resume if resume.is_dir() else resume.parent
-        self.start_epoch, metric = self.restore()
+        checkpoint = find_checkpoint(resume)
+        self.start_epoch, history = self.restore(checkpoint) if checkpoint else (0, {})
         if args.torchcompile:
             self.task.compile(backend=args.torchcompile, mode=args.torchcompile_mode)
         if args.distributed:
             self.task.prepare_distributed(device_ids=[self.device] if self.device.type == "cuda" else None)
         if args.rank == 0:
-            self.open_folder(folder, metric)
+            self.open_folder(folder, history)
 
     def build_optimizer(self) -> None:
         args = self.args
@@ -415,17 +357,15 @@ class Run:
             )
             args.lr = args.lr_base * (ratio**0.5 if root else ratio)
         with explained("can't create optimizer or schedule"):
-            self.optimizer = create_optimizer_v2(self.task.get_trainable_module(), **optimizer_kwargs(args), **args.opt_kwargs)
+            model: Any = self.task.get_trainable_module()
+            self.optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
             self.scheduler, self.epochs = create_scheduler_v2(
                 self.optimizer, **scheduler_kwargs(args, decreasing_metric=args.eval_metric == "loss"),
                 updates_per_epoch=self.updates,
             )  # fmt: skip
 
-    def restore(self) -> tuple[int, float | None]:
-        """Load the checkpoint to resume, if any; return the epoch to start with and the metric of the one before."""
-        path = find_checkpoint(self.resume)
-        if path is None:
-            return 0, None
+    def restore(self, path: Path) -> tuple[int, dict[str, Any]]:
+        """Load a checkpoint; return the epoch to start with and the state of the CheckpointSaver at the one before."""
         state = read_checkpoint(path, self.args.model)
         with explained(f"checkpoint {path} doesn't fit model {self.args.model} with these options"):
             self.task.load_checkpoint_state(clean_state_dict(state["state_dict"]))
@@ -437,13 +377,13 @@ class Run:
                 self.scaler.load_state_dict(state[self.scaler.state_dict_key])
         start = state["epoch"] + 1
         if start >= self.epochs:
-            raise UserError(f"--resume {path}: the run is finished ({start} of {self.epochs} epochs); give more --epochs")
+            raise UserError(f"--resume {path}: the run is finished ({start} of {self.epochs} epochs); raise --epochs")
         if self.scheduler:
             self.scheduler.step(start)
             self.scheduler.step_update(start * self.updates)
-        return start, state.get("metric")
+        return start, state.get("saver", {})
 
-    def open_folder(self, folder: Path, metric: float | None) -> None:
+    def open_folder(self, folder: Path, history: dict[str, Any]) -> None:
         """Make or reopen the folder of the run; finish the save that a kill may have cut short."""
         resumed = self.resume is not None and folder in (self.resume, self.resume.parent)
         if folder.exists() and not resumed and (not folder.is_dir() or any(folder.iterdir())):
@@ -451,9 +391,7 @@ class Run:
         with explained(f"can't write to output folder {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
             write_atomically(folder / "args.yaml", yaml.safe_dump(self.args.given, default_flow_style=False))
-            if resumed and (folder / "summary.csv").exists():
-                with open(folder / "summary.csv", newline="") as file:
-                    self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) < self.start_epoch]
+            self.rows = read_summary(folder, self.start_epoch) if resumed else []
         self.folder = folder
         self.saver = CheckpointSaver(
             model=self.task.get_trainable_module(), optimizer=self.optimizer, amp_scaler=self.scaler, task=self.task,
@@ -463,9 +401,8 @@ class Run:
         )  # fmt: skip
         if self.start_epoch:
             with self.saving():
-                history = read_checkpoint(find_checkpoint(self.resume), self.args.model).get("saver", {})  # type: ignore[arg-type]
                 self.saver.load_state_dict({**history, "pending": (None, None)})
-                self.saver.save_checkpoint(self.start_epoch - 1, metric)
+                self.saver.save_checkpoint(self.start_epoch - 1, history.get("pending", (None, None))[1])
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -504,7 +441,7 @@ class Run:
         args, task, losses, accum = self.args, self.task, AverageMeter(), self.args.grad_accum_steps
         batches = len(self.train_loader)
         images, start, update = 0, time.time(), epoch * self.updates
-        task.get_trainable_module().train()
+        task.train()
         bar = tqdm(self.train_loader, f"epoch {epoch}", leave=False, disable=args.rank > 0 or not sys.stderr.isatty())
         for i, (x, y) in enumerate(bar):
             last = (i + 1) % accum == 0 or i + 1 == batches
@@ -578,60 +515,9 @@ class Run:
         self.rows.append(row)
         metric = row.get(f"eval_{self.args.eval_metric}", row["train_loss"])
         with self.saving():
-            lines = [",".join(row), *(",".join(str(r[k]) for k in row) for r in self.rows)]
-            write_atomically(self.folder / "summary.csv", "\n".join(lines) + "\n")
+            write_summary(self.folder, self.rows)
             self.saver.save_checkpoint(epoch, metric)
-            plot_curves(self.rows, self.folder / "curves.png")
-
-
-def find_checkpoint(resume: Path | None) -> Path | None:
-    """The newest whole checkpoint of a run folder (or the file itself); None if the run was killed before its first."""
-    if resume is None or resume.is_file() or (resume / _LAST).exists():
-        return resume / _LAST if resume and resume.is_dir() else resume
-    # A kill between removing the old last.pth.tar and renaming the new one into place.
-    epochs = sorted(resume.glob("checkpoint-*.pth.tar"), key=lambda p: int(p.name[11:-8]), reverse=True)
-    for path in (resume / _PARTIAL, *epochs):
-        try:
-            read_checkpoint(path, None)
-        except UserError:
-            continue
-        return path
-    return None
-
-
-def read_checkpoint(path: Path, model: str | None) -> dict[str, Any]:
-    """A training checkpoint on the CPU. Raises UserError if it is damaged, something else, or of another model."""
-    with explained(f"{path} is not a whole checkpoint"), torch.serialization.safe_globals([argparse.Namespace]):
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, dict) or not {"state_dict", "optimizer", "epoch"} <= state.keys():
-        raise UserError(f"{path} is not a training checkpoint (no optimizer state); use it as --initial-checkpoint")
-    if model and str(state.get("arch", model)).split(".")[0] != model.split(".")[0]:
-        raise UserError(f"{path} is a checkpoint of {state['arch']}, not of {model}")
-    return state
-
-
-def write_atomically(path: Path, content: str) -> None:
-    partial_path = path.with_name(f"tmp-{path.name}")
-    partial_path.write_text(content)
-    os.replace(partial_path, path)
-
-
-def plot_curves(rows: list[dict[str, Any]], path: Path) -> None:
-    """Loss, accuracy and activity over the epochs, as a picture."""
-    from matplotlib.figure import Figure  # here, since only the first process draws
-
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
-    panels = {"loss": ("train_loss", "eval_loss"), "accuracy (%)": ("eval_top1", "eval_top5"),
-              "hidden activations (share)": ("eval_dead_units", "eval_sparsity")}  # fmt: skip
-    for axes, (title, keys) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for key in keys:
-            if key in rows[-1]:
-                axes.plot([int(r["epoch"]) for r in rows], [float(r[key]) for r in rows], ".-", label=key)
-                axes.legend()
-        axes.set(title=title, xlabel="epoch")
-    partial_path = path.with_name(f"tmp-{path.name}")
-    figure.savefig(partial_path, dpi=100)
-    os.replace(partial_path, path)
+            plot_curves(self.folder, self.rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -643,9 +529,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             importlib.import_module(module)
         run = Run(args, resume)
         run.train()
-    except (UserError, DataError) as error:
-        text = str(error).strip().splitlines()[-1]  # loader processes send a traceback, whose last line counts
-        Parser(prog="train.py").error(text.removeprefix("timm_sugar.data.DataError: "))
+    except UserError as error:
+        Parser("train.py").error(str(error))
     except KeyboardInterrupt:
         if run and run.folder:
             print(f"\ninterrupted; {run.resume_command}", file=sys.stderr)

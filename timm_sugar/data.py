@@ -11,12 +11,14 @@ from PIL import Image
 from timm.data import ImageDataset, create_dataset
 from torch.utils.data import Dataset
 
+from timm_sugar.cli import UserError
+
 _logger = logging.getLogger(__name__)
 # Folder names that timm takes for each other when it looks for a split.
-_SYNONYMS = ({"train", "training"}, {"val", "valid", "validation", "eval", "evaluation"}, {"test"})
+_SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"), ("test",))
 
 
-class DataError(ValueError):
+class DataError(UserError):
     """Data that can't be used as it is; the message is one line that says what is wrong and what to do."""
 
 
@@ -49,7 +51,7 @@ def check_classes(train: Any, validation: Any, num_classes: int) -> None:
         missing = sorted(map(str, set(names or ()) - set(rest or ()))) if names and rest else []
         if missing:
             listed = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
-            raise DataError(f"{len(missing)} of {len(names or ())} classes have no image in the {split} split: {listed}")
+            raise DataError(f"{len(missing)} of {len(names or ())} classes are missing in the {split} split: {listed}")
     count = max((classes or other or {"": 0}).values()) + 1
     if count > num_classes:
         raise DataError(f"the data has {count} classes but the model has {num_classes} outputs: --num-classes {count}")
@@ -58,8 +60,7 @@ def check_classes(train: Any, validation: Any, num_classes: int) -> None:
 def split_folder(root: Path, split: str) -> Path:
     """The folder below `root` that timm reads for a split; `root` itself if it isn't divided into splits."""
     split = split.split("[")[0]
-    names = next((group for group in _SYNONYMS if split in group), {split})
-    for name in (split, *sorted(names)):
+    for name in (split, *next((group for group in _SYNONYMS if split in group), ())):
         if (root / name).exists():
             return root / name
     return root

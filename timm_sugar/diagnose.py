@@ -61,7 +61,7 @@ class Activations:
         return sum(int(layer.zeros) for layer in self.layers.values()) / elements if elements else float("nan")
 
     def reduce(self) -> None:
-        """Merge the counts of all processes of a torch.distributed group, so that each holds those of the whole data."""
+        """Merge the counts of all processes of a torch.distributed group, so that each holds the whole data's."""
         for layer in self.layers.values():
             active, zeros = layer.active.to(torch.int32), layer.zeros.clone()
             elements = torch.tensor(layer.elements, device=active.device)
@@ -104,8 +104,8 @@ class Activations:
 def watch(model: nn.Module) -> Iterator[Activations]:
     """Count dead units and zeros of a model's hidden activations in every forward pass inside the `with` block.
 
-    A unit is a channel of a feature map or a feature of a token; dead means never > 0. The counts stay readable after the
-    block; the hooks don't outlive it. Activations that a `forward` calls as plain functions are not seen.
+    A unit is a channel of a feature map or a feature of a token; dead means never > 0. The counts stay readable after
+    the block, the hooks do not outlive it. Activations that a `forward` calls as plain functions are not seen.
     """
     activations = Activations()
     hooks = [model.register_forward_pre_hook(activations._new_pass)]
