@@ -31,10 +31,16 @@ def find_checkpoint(resume: Path | None) -> Path | None:
     return None
 
 
+def load_file(path: Path) -> Any:
+    """What torch.save wrote, on the CPU; nothing in it is executed, but timm's options (a Namespace) are allowed."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def read_checkpoint(path: Path, model: str | None) -> dict[str, Any]:
     """A training checkpoint on the CPU. Raises UserError if it is damaged, something else, or of another model."""
-    with explained(f"{path} is not a whole checkpoint"), torch.serialization.safe_globals([argparse.Namespace]):
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    with explained(f"{path} is not a whole checkpoint"):
+        state = load_file(path)
     if not isinstance(state, dict) or not {"state_dict", "optimizer", "epoch"} <= state.keys():
         raise UserError(f"{path} is not a training checkpoint (no optimizer state); use it as --initial-checkpoint")
     if model and str(state.get("arch", model)).split(".")[0] != model.split(".")[0]:
