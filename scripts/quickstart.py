@@ -1,0 +1,187 @@
+#!/usr/bin/env python3
+"""Train resnet18_sugar on real images in a few minutes on a CPU, and show what came out.
+
+    python scripts/quickstart.py
+
+The images are the 1,797 handwritten digits (8x8 pixels) that scikit-learn ships, so nothing is downloaded. Weights
+start at random. The output folder gets the model, in the format that timm.create_model loads, and a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import timm.data
+import timm.models
+import timm.optim
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import timm_sugar
+from timm_sugar.diagnose import watch
+
+NAME = "resnet18_sugar"
+SIZE = 32  # pixels to which the 8x8 images are enlarged
+BATCH = 64
+LEARNING_RATE = 2e-3
+HELD_OUT = 360  # images
+
+
+class Parser(argparse.ArgumentParser):
+    """Argument parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def build_parser() -> Parser:
+    """All options."""
+    parser = Parser(
+        prog="quickstart.py",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--epochs", type=int, default=8, metavar="N", help="passes over the training images (default: %(default)s)")
+    add("--surrogate", default="bsilu", metavar="NAME", help="whose derivative ReLU borrows (default: %(default)s)")
+    add("--seed", type=int, default=42, metavar="N", help="(default: %(default)s)")
+    add("--output", default="output/quickstart", metavar="DIR", help="overwritten (default: %(default)s)")
+    return parser
+
+
+def load_images(data_config: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Training images, held-out images (N, 1, SIZE, SIZE) and their labels (N); the same split every time."""
+    digits = load_digits()
+    transform = timm.data.create_transform(**data_config)
+    pictures = [Image.fromarray((pixels * (255 / 16)).astype(np.uint8)) for pixels in digits.images]
+    images = torch.stack([transform(picture) for picture in pictures])
+    labels = torch.as_tensor(digits.target)
+    order = np.arange(len(labels))
+    train, held_out = train_test_split(order, test_size=HELD_OUT, stratify=labels.numpy(), random_state=0)
+    return images[train], images[held_out], labels[train], labels[held_out]
+
+
+def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None:
+    """AdamW with a one-cycle schedule; leaves the model in eval mode."""
+    steps = len(images) // BATCH
+    optimizer = timm.optim.create_optimizer_v2(model, opt="adamw", lr=LEARNING_RATE, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=epochs * steps)
+    model.train()
+    with tqdm(total=epochs * steps, desc="training", unit="step", disable=not sys.stderr.isatty()) as bar:
+        for epoch in range(epochs):
+            mean_loss = 0.0
+            for chosen in torch.randperm(len(images))[: steps * BATCH].split(BATCH):
+                loss = nn.functional.cross_entropy(model(images[chosen]), labels[chosen])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+                mean_loss += loss.item() / steps
+                bar.update()
+                bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}")
+            if bar.disable:
+                print(f"epoch {epoch + 1}/{epochs}  loss {mean_loss:.3f}", flush=True)
+    model.eval()
+
+
+@torch.no_grad()
+def inspect(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, str]:
+    """Predictions (N), and a line with accuracy, dead units and sparsity on these images."""
+    model.eval()
+    with watch(model) as activations:
+        predictions = torch.cat([model(batch).argmax(1) for batch in images.split(BATCH)])
+    accuracy = (predictions == labels).float().mean().item()
+    return predictions, f"{accuracy:12.1%}{activations.dead:12.2%}{activations.sparsity:12.1%}"
+
+
+def save(model: nn.Module, data_config: dict[str, Any], folder: Path) -> None:
+    """Weights and config as timm's create_model reads them, with what doesn't hold for ImageNet weights replaced."""
+    origin = {"tag": "digits", "license": "apache-2.0", "description": "Trained by scripts/quickstart.py.",
+              "origin_url": None, "paper_ids": None}  # fmt: skip
+    timm.models.save_for_hf(
+        model,
+        str(folder),
+        model_config={"label_names": [str(digit) for digit in range(10)], "pretrained_cfg": origin},
+        data_config=data_config,
+        safe_serialization=True,
+    )
+
+
+def draw(images: Tensor, labels: Tensor, predictions: Tensor, path: Path) -> None:
+    """A grid of held-out images with their predictions; wrong ones come first, in red, with the right answer."""
+    from matplotlib.figure import Figure
+
+    wrong_first = torch.argsort((predictions == labels).int(), stable=True)[:40].tolist()
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    count = int((predictions != labels).sum())
+    figure.suptitle(f"{NAME} on held-out digits: {count} of {len(labels)} wrong, drawn first")
+    for axes, i in zip(figure.subplots(4, 10).flat, wrong_first, strict=True):
+        right = bool(predictions[i] == labels[i])
+        title = f"{predictions[i]}" if right else f"{predictions[i]}, is {labels[i]}"
+        axes.imshow(images[i, 0], cmap="gray_r")
+        axes.set_title(title, color="black" if right else "crimson", fontsize=11)
+        axes.axis("off")
+    figure.savefig(path, dpi=100)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Train, save, load back, and tell what is where."""
+    start = time.time()
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(1)  # the same numbers on any count of cores; a model this small gains little from more
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    model = timm.create_model(NAME, num_classes=10, in_chans=1, surrogate=args.surrogate)
+    data_config = timm.data.resolve_data_config(
+        {"input_size": (1, SIZE, SIZE), "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}, model=model
+    )
+    images, held_out, labels, truth = load_images(data_config)
+    print(f"{NAME} ({args.surrogate}): {len(images)} images to train on, {len(held_out)} held out")
+    _, before = inspect(model, held_out, truth)
+    train(model, images, labels, args.epochs)
+    predictions, after = inspect(model, held_out, truth)
+
+    folder, picture = output / NAME, output / "predictions.png"
+    save(model, data_config, folder)
+    draw(held_out, truth, predictions, picture)
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    timm_sugar.to_relu(loaded)
+    same = torch.equal(inspect(loaded, held_out, truth)[0], predictions)
+
+    print(f"\non the held-out images{'accuracy':>12}{'dead units':>12}{'zeros':>12}")
+    print(f"{'before training':22}{before}\n{'after training':22}{after}")
+    print(f"loaded back as a plain ReLU network: predictions are {'the same' if same else 'DIFFERENT'}")
+    print(f"\nmodel    {folder}\npicture  {picture}\ntime     {time.time() - start:.0f} s\n\nLoad it again:\n")
+    print(f"    import timm, timm_sugar\n    model = timm.create_model('local-dir:{folder}', pretrained=True)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0, or 130 after Ctrl-C. A user's mistake exits with status 2 and one line on stderr."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    if args.epochs < 1:
+        parser.error(f"argument --epochs: must be at least 1, not {args.epochs}")
+    if args.surrogate not in timm_sugar.list_surrogates():
+        parser.error(f"argument --surrogate: {args.surrogate!r} is none of {', '.join(timm_sugar.list_surrogates())}")
+    try:
+        run(args)
+    except OSError as error:
+        parser.error(f"can't write to {args.output}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
