@@ -330,11 +330,10 @@ VISION: dict[str, tuple[Callable[[], nn.Module], int, set[str]]] = {
         {"GELU"},
     ),
     "vit": (lambda: torchvision.models.VisionTransformer(16, 8, 2, 2, 16, 32, num_classes=3), 16, {"GELU"}),
-    "densenet": (lambda: torchvision.models.DenseNet(4, (1, 1), 8, num_classes=3), 32, {"ReLU"}),
 }
 
 
-@pytest.mark.parametrize("name", [name for name in VISION if name != "densenet"])
+@pytest.mark.parametrize("name", VISION)
 def test_torchvision_models_have_the_gradients_of_forward_gradient_injection(name: str) -> None:
     create, size, expected = VISION[name]
     torch.manual_seed(0)
