@@ -346,6 +346,9 @@ class Run:
             self.task.prepare_distributed(device_ids=[self.device] if self.device.type == "cuda" else None)
         if args.rank == 0:
             self.open_folder(folder, history)
+        if self.scheduler and self.start_epoch:  # after open_folder, which saves what was restored once more
+            self.scheduler.step(self.start_epoch)
+            self.scheduler.step_update(self.start_epoch * self.updates)
 
     def build_optimizer(self) -> None:
         args = self.args
@@ -378,9 +381,6 @@ class Run:
         start = state["epoch"] + 1
         if start >= self.epochs:
             raise UserError(f"--resume {path}: the run is finished ({start} of {self.epochs} epochs); raise --epochs")
-        if self.scheduler:
-            self.scheduler.step(start)
-            self.scheduler.step_update(start * self.updates)
         return start, state.get("saver", {})
 
     def open_folder(self, folder: Path, history: dict[str, Any]) -> None:
@@ -423,14 +423,14 @@ class Run:
         """All remaining epochs."""
         for epoch in range(self.start_epoch, self.epochs):
             seed_epoch(self.args, self.train_loader, epoch)
-            lr = sum(group["lr"] for group in self.optimizer.param_groups) / len(self.optimizer.param_groups)
-            row = {"epoch": epoch, "train_loss": self.train_one_epoch(epoch)}
+            row: dict[str, Any] = {"epoch": epoch, "train_loss": self.train_one_epoch(epoch)}
             if self.eval_loader is not None:
                 metrics = self.evaluate(epoch)
                 if self.task.has_ema():
                     metrics = self.evaluate(epoch, ema=True)
                 row.update({f"eval_{k}": v for k, v in metrics.items()})
-            row["lr"] = lr
+            groups = self.optimizer.param_groups
+            row["lr"] = sum(group["lr"] for group in groups) / len(groups)
             if self.folder:
                 self.save(epoch, row)
             if self.scheduler:
