@@ -9,12 +9,10 @@ that stand in for ReLU's in the backward pass, as autograd returns them.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import matplotlib
 import torch
@@ -23,6 +21,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from timm_sugar import sugar
+from timm_sugar.cli import Parser
 from timm_sugar.surrogate import get_surrogate
 
 # In the order of drawing, left to right and top to bottom.
@@ -54,13 +53,6 @@ THEMES = {
     "light": Theme(text="#1f2328", faint="#8c959f", forward="#0969da", backward="#bc4c00"),
     "dark": Theme(text="#e6edf3", faint="#7d8590", forward="#58a6ff", backward="#ffa657"),
 }
-
-
-class Parser(argparse.ArgumentParser):
-    """Argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def gradient(surrogate: str) -> Tensor:
@@ -125,12 +117,7 @@ def draw(theme: Theme) -> Figure:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0. A user's mistake exits with status 2 and one line on stderr."""
-    parser = Parser(
-        prog="figures.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("figures.py", description=__doc__)
     parser.add_argument("--output", default="figures", metavar="DIR", help="(default: %(default)s)")
     parser.add_argument("--format", default="svg", choices=("svg", "png"), help="(default: %(default)s)")
     args = parser.parse_args(argv)

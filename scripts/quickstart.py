@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 import timm.data
@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import timm_sugar
+from timm_sugar.cli import Parser
 from timm_sugar.diagnose import watch
 
 NAME = "resnet18_sugar"
@@ -37,21 +38,9 @@ LEARNING_RATE = 2e-3
 HELD_OUT = 360  # images
 
 
-class Parser(argparse.ArgumentParser):
-    """Argument parser whose errors are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
 def build_parser() -> Parser:
     """All options."""
-    parser = Parser(
-        prog="quickstart.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("quickstart.py", description=__doc__)
     add = parser.add_argument
     add("--epochs", type=int, default=8, metavar="N", help="passes over the training images (default: %(default)s)")
     add("--surrogate", default="bsilu", metavar="NAME", help="whose derivative ReLU borrows (default: %(default)s)")
