@@ -1,4 +1,4 @@
-"""A pytest plugin that points timm's own tests, from its sdist, at SUGAR models: `pytest -p timm_plugin tests/test_models.py`.
+"""A pytest plugin that points timm's own tests, from its sdist, at SUGAR models: `pytest -p timm_plugin ...`.
 
 Its tests run over what timm.list_models() returns. This narrows that to the architectures in TIMM_SUGAR_BASES (base
 names, separated by commas), each with TIMM_SUGAR_SUFFIX: `_sugar`, or nothing to see how the base models fare.
@@ -22,7 +22,7 @@ _list_models = timm.list_models
 
 
 def list_models(*args: Any, **kwargs: Any) -> list[str]:
-    """timm.list_models, asked about the base models, for those in BASES; filters and modules thus mean what they say."""
+    """timm.list_models, asked about base models, for those in BASES; so filters and modules mean what they say."""
     parts = (full.partition(".") for full in _list_models(*args, **kwargs))
     return [base + SUFFIX + dot + tag for base, dot, tag in parts if base in BASES]
 
