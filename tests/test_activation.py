@@ -421,7 +421,7 @@ def test_jit_trace_with_its_default_check_has_the_gradient_of_the_formula(bank: 
     "names",
     [
         ["bsilu", "elu", "leaky_relu", "nelu"],
-        pytest.param(["gelu", "mish", "selu", "silu"], marks=pytest.mark.xfail(reason="values is an untyped []")),
+        ["gelu", "mish", "selu", "silu"],
     ],
 )
 @pytest.mark.parametrize("reload", [False, True])
@@ -650,7 +650,6 @@ def test_onnx_holds_relu_only() -> None:
 # --- compilers and their caches
 
 
-@pytest.mark.xfail(reason="math.isfinite of a dynamic float breaks the graph")
 def test_every_alpha_has_its_own_compiled_gradient(compiler: None) -> None:
     compiled = torch.compile(lambda t, alpha: sugar(t, "nelu", alpha=alpha), fullgraph=True, backend="aot_eager")
     x = bank_input().requires_grad_()
@@ -730,7 +729,6 @@ def test_inplace_comes_first_and_changes_nothing() -> None:
         SUGAR(False, "nelu")  # type: ignore[misc]
 
 
-@pytest.mark.xfail(reason="a name in the place of inplace is taken for True, and trains with bsilu")
 def test_surrogate_in_the_place_of_inplace_is_refused() -> None:
     with pytest.raises(TypeError, match="surrogate"):
         SUGAR("nelu")  # type: ignore[arg-type]

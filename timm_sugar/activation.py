@@ -5,8 +5,6 @@ The one place that knows autograd, compilers and exporters. Everything goes thro
 torch.export) see an operator and leave it alone, while autograd, vmap and compilers find its meaning by dispatch.
 """
 
-from __future__ import annotations
-
 import traceback
 
 import torch
@@ -18,7 +16,7 @@ from torch.autograd.function import _SingleLevelFunction
 from timm_sugar.surrogate import get_surrogate, resolve_parameters, surrogate_derivative
 
 _library = torch.library.Library("timm_sugar", "DEF")
-# `formula` names the derivative's code: compiler caches key on an operator's arguments, not on its Python kernel.
+# `formula` identifies the derivative: compiler caches key on an operator's arguments, not on its Python kernel.
 _library.define(
     "relu(Tensor x, str surrogate, float[] values, str formula) -> Tensor",
     tags=(torch.Tag.pointwise, torch.Tag.pt2_compliant_tag),
@@ -111,11 +109,15 @@ class SUGAR(nn.Module):
     """`sugar` as a module, for any place that takes an activation layer.
 
     `inplace` comes first and is accepted because timm and torchvision pass it; it has no effect, as the backward pass
-    needs the pre-activation. Raises as `sugar` does.
+    needs the pre-activation. Raises as `sugar` does, and TypeError for a surrogate's name in its place.
     """
+
+    values: list[float]  # TorchScript reads the type here (so no `from __future__ import annotations` in this file)
 
     def __init__(self, inplace: bool = False, *, surrogate: str = "bsilu", **parameters: float) -> None:
         super().__init__()
+        if isinstance(inplace, str):
+            raise TypeError(f"the surrogate is a keyword argument: SUGAR(surrogate={inplace!r})")
         self.surrogate = surrogate
         self.values = resolve_parameters(surrogate, parameters)
         self.formula = get_surrogate(surrogate).formula

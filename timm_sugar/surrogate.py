@@ -7,11 +7,10 @@ the backward pass ("The Resurrection of the ReLU", arXiv 2505.22074). This file 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import math
+import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from types import FunctionType
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,7 +28,7 @@ class Surrogate:
     """A smooth stand-in for ReLU; both functions take `(x, *parameters)` and return a tensor of x's shape.
 
     `parameters` are the names and default values, in the order in which the functions take them. `formula` identifies
-    the derivative's code, so that a compiler's cache never answers with the gradient of an older formula.
+    the derivative, so that a compiler's cache never answers with the gradient of an older one.
     """
 
     name: str
@@ -40,6 +39,8 @@ class Surrogate:
 
 
 _surrogates: dict[str, Surrogate] = {}
+_POINTS = [-65504.0, -1e3, *(i / 16 for i in range(-160, 161)), 1e3, 65504.0]
+_PROBES = [torch.tensor(_POINTS, dtype=dtype, device="cpu") for dtype in (torch.float64, torch.float32)]
 
 
 def list_surrogates() -> list[str]:
@@ -59,18 +60,22 @@ def register_surrogate(name: str, primitive: Formula, derivative: Formula, **par
 
     `primitive(x, *values)` and `derivative(x, *values)` are elementwise, made of differentiable torch operations, and
     take the values of `parameters` (name=default, each finite and positive) by position. Half-precision inputs reach
-    them as float32. Raises ValueError if the name is taken, a default is no positive number, or the derivative doesn't
-    return one finite value per element.
+    them as float32. Raises TypeError if the name is no string; ValueError if it is taken, a parameter has a name that
+    `sugar()` takes itself, a default is not finite and positive, or the derivative isn't one finite value per element,
+    for every |x| <= 65504.
     """
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"the name of a surrogate must be a string, not {name!r}")
     if name in _surrogates:
         raise ValueError(f"surrogate {name!r} exists already; choose another name")
-    surrogate = Surrogate(name, primitive, derivative, dict(parameters), _fingerprint(derivative))
+    if taken := {"x", "inplace", "surrogate"} & parameters.keys():
+        raise ValueError(f"parameter {taken.pop()!r} of surrogate {name!r} has a name that sugar() takes itself")
+    surrogate = Surrogate(name, primitive, derivative, dict(parameters))
     values = [_checked(surrogate, key, value) for key, value in parameters.items()]
-    probe = torch.linspace(-3, 3, 7, dtype=torch.float64, device="cpu")
-    slope = derivative(probe, *values)
-    if slope.shape != probe.shape or not slope.isfinite().all():
-        raise ValueError(f"the derivative of surrogate {name!r} must return one finite value per element")
-    _surrogates[name] = surrogate
+    for slope in (derivative(x, *values) for x in _PROBES):
+        if slope.shape != _PROBES[0].shape or not slope.isfinite().all():
+            raise ValueError(f"the derivative of surrogate {name!r} must return one finite value per element")
+    _surrogates[name] = replace(surrogate, formula=_fingerprint(derivative, values))
 
 
 def resolve_parameters(name: str, parameters: dict[str, Any]) -> list[float]:
@@ -96,25 +101,17 @@ def surrogate_derivative(x: Tensor, name: str, values: list[float]) -> Tensor:
 def _checked(surrogate: Surrogate, key: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{key} of surrogate {surrogate.name!r} must be a number, not {value!r}")
-    if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"{key} of surrogate {surrogate.name!r} must be finite and positive, not {value!r}")
+    if not 0 < value <= sys.float_info.max:  # false for NaN
+        raise ValueError(f"{key} of surrogate {surrogate.name!r} must be finite and positive, not {value!r:.40}")
     return float(value)
 
 
-def _fingerprint(function: Formula) -> str:
-    """Hash of a formula's code, of the functions it calls, and of the numbers it reads from its module or closure."""
+def _fingerprint(derivative: Formula, values: list[float]) -> str:
+    """Hash of what a derivative returns, with its default parameters and with others: new formula, new fingerprint."""
     digest = hashlib.sha256()
-    pending, seen = [function], set()
-    while pending:
-        function = pending.pop()
-        if not isinstance(function, FunctionType) or function in seen or function.__module__.startswith("torch"):
-            continue
-        seen.add(function)
-        digest.update(function.__code__.co_code + repr(function.__code__.co_consts).encode())
-        read = inspect.getclosurevars(function)
-        for name, value in sorted({**read.globals, **read.nonlocals}.items()):
-            pending.append(value)
-            digest.update(f"{name}={value!r}".encode() if isinstance(value, (int, float, str)) else name.encode())
+    for x in _PROBES:
+        for scale in (1.0, 1.5):
+            digest.update(repr(derivative(x, *(scale * value for value in values)).tolist()).encode())
     return digest.hexdigest()[:12]
 
 
