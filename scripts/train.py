@@ -50,7 +50,15 @@ import timm_sugar  # noqa: F401  registers the models
 from timm_sugar.cli import KeyValues, Parser, UserError, choose_device, explained, yaml_options
 from timm_sugar.data import DataError, check_classes, open_dataset
 from timm_sugar.diagnose import watch
-from timm_sugar.runs import find_checkpoint, plot_curves, read_checkpoint, read_summary, write_atomically, write_summary
+from timm_sugar.runs import (
+    find_checkpoint,
+    is_saved,
+    plot_curves,
+    read_checkpoint,
+    read_summary,
+    write_atomically,
+    write_summary,
+)
 
 
 def build_parser() -> Parser:
@@ -379,14 +387,15 @@ class Run:
             if self.scaler and self.scaler.state_dict_key in state:
                 self.scaler.load_state_dict(state[self.scaler.state_dict_key])
         start = state["epoch"] + 1
-        if start >= self.epochs:
+        if start > self.epochs or (start == self.epochs and is_saved(path.parent)):
             raise UserError(f"--resume {path}: the run is finished ({start} of {self.epochs} epochs); raise --epochs")
         return start, state.get("saver", {})
 
     def open_folder(self, folder: Path, history: dict[str, Any]) -> None:
         """Make or reopen the folder of the run; finish the save that a kill may have cut short."""
         resumed = self.resume is not None and folder in (self.resume, self.resume.parent)
-        if folder.exists() and not resumed and (not folder.is_dir() or any(folder.iterdir())):
+        begun = folder.is_dir() and any(path.name != "tmp-args.yaml" for path in folder.iterdir())
+        if not resumed and (begun or folder.is_file()):
             raise UserError(f"output folder {folder} exists: choose another --experiment or continue it with --resume")
         with explained(f"can't write to output folder {folder}"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -403,6 +412,7 @@ class Run:
             with self.saving():
                 self.saver.load_state_dict({**history, "pending": (None, None)})
                 self.saver.save_checkpoint(self.start_epoch - 1, history.get("pending", (None, None))[1])
+                plot_curves(folder, self.rows)
 
     @contextmanager
     def saving(self) -> Iterator[None]:

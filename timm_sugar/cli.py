@@ -12,10 +12,14 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from timm.utils import ParseKwargs
 
 # What timm, torch and the file system raise for a user's mistake; anything else is a bug and keeps its traceback.
-_MISTAKES = (RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError, EOFError, pickle.UnpicklingError)
+_MISTAKES = (
+    *(RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError),
+    *(EOFError, pickle.UnpicklingError, SafetensorError),
+)
 
 
 class UserError(Exception):

@@ -31,6 +31,12 @@ def find_checkpoint(resume: Path | None) -> Path | None:
     return None
 
 
+def is_saved(folder: Path) -> bool:
+    """Whether the last save was not cut short: the curves are drawn after the checkpoints are in place."""
+    last, curves = folder / _LAST, folder / "curves.png"
+    return last.exists() and curves.exists() and curves.stat().st_mtime_ns >= last.stat().st_mtime_ns
+
+
 def load_file(path: Path) -> Any:
     """What torch.save wrote, on the CPU; nothing in it is executed, but timm's options (a Namespace) are allowed."""
     with torch.serialization.safe_globals([argparse.Namespace]):
@@ -74,6 +80,8 @@ def write_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 def plot_curves(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Loss, accuracy and activity over the epochs, as curves.png."""
+    if not rows:
+        return
     from matplotlib.figure import Figure  # here, since it takes long to import and only training draws
 
     figure = Figure(figsize=(12, 3.4), layout="constrained")
