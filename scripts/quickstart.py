@@ -118,7 +118,7 @@ def draw(images: Tensor, labels: Tensor, predictions: Tensor, path: Path) -> Non
     for axes, i in zip(figure.subplots(4, 10).flat, wrong_first, strict=True):
         right = bool(predictions[i] == labels[i])
         title = f"{predictions[i]}" if right else f"{predictions[i]}, is {labels[i]}"
-        axes.imshow(images[i, 0], cmap="gray_r")
+        axes.imshow(images[i, 0].numpy(), cmap="gray_r")
         axes.set_title(title, color="black" if right else "crimson", fontsize=11)
         axes.axis("off")
     figure.savefig(path, dpi=100)
