@@ -414,6 +414,16 @@ def test_formulas_that_differ_have_different_fingerprints(what: str) -> None:
     assert fingerprint(one) != fingerprint(other)
 
 
+def step(at: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: torch.where(x > at, 1.0, 0.1).to(x.dtype)
+
+
+@pytest.mark.xfail(reason="the fingerprint sees values at multiples of 1/16 up to 10 only")
+@pytest.mark.parametrize(("one", "other"), [(0.01, 0.02), (-0.03, -0.01), (-30.0, -20.0)])
+def test_formulas_that_differ_in_a_narrow_or_far_place_have_different_fingerprints(one: float, other: float) -> None:
+    assert fingerprint(step(one)) != fingerprint(step(other))
+
+
 SAME_CODE = """
 import math, torch
 SHIFT = 0.25
