@@ -290,7 +290,7 @@ def test_filter_that_leaves_nothing_raises() -> None:
 def test_nothing_to_replace_raises(model: nn.Module) -> None:
     with pytest.raises(ValueError, match=f"nothing to replace in {type(model).__name__}"):
         sugarize(model)
-    with pytest.raises(ValueError, match="has no SUGAR activation"):
+    with pytest.raises(ValueError, match="there is no SUGAR activation"):
         to_relu(model)
 
 
@@ -533,7 +533,7 @@ def test_relu_model_holds_nothing_of_this_package(name: str) -> None:
     to_relu(model)
     assert not [type(m) for m in model.modules() if type(m).__module__.startswith("timm_sugar")]
     assert b"timm_sugar" not in pickle.dumps(model)
-    with pytest.raises(ValueError, match="has no SUGAR activation"):
+    with pytest.raises(ValueError, match="there is no SUGAR activation"):
         to_relu(model)
 
 

@@ -81,6 +81,8 @@ def _is_plain_relu(x: Tensor) -> bool:
     """Whether nothing can ask for a gradient here, so that a deployed graph holds ReLU and no more."""
     if isinstance(x, torch.fx.Proxy):  # has no dtype, and its graph may run with gradients later
         return False
+    if not isinstance(x, Tensor):
+        raise TypeError(f"sugar() needs a tensor, not {type(x).__name__}")
     if not x.is_floating_point():
         raise TypeError(f"sugar() needs a real floating-point tensor, not {x.dtype}: convert it, e.g. with .float()")
     if torch.jit.is_tracing():
@@ -121,6 +123,10 @@ class SUGAR(nn.Module):
         self.surrogate = surrogate
         self.values = resolve_parameters(surrogate, parameters)
         self.formula = get_surrogate(surrogate).formula
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.formula = get_surrogate(self.surrogate).formula  # today's, whatever it was when the module was pickled
 
     def forward(self, x: Tensor) -> Tensor:
         """relu(x), any shape."""

@@ -161,7 +161,7 @@ def to_relu(model: nn.Module) -> list[str]:
     """
     places = [place for place in _places(model) if place.settings() is not None]
     if not places:
-        raise ValueError(f"{type(model).__name__} has no SUGAR activation to turn into ReLU")
+        raise ValueError(f"there is no SUGAR activation below {type(model).__name__} to turn into ReLU")
     replaced: dict[nn.Module, nn.Module] = {}
     for place in places:
         if isinstance(place.activation, SUGAR) and not isinstance(place.activation, FunctionalSUGAR):

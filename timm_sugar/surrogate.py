@@ -39,8 +39,8 @@ class Surrogate:
 
 
 _surrogates: dict[str, Surrogate] = {}
-_POINTS = [-65504.0, -1e3, *(i / 16 for i in range(-160, 161)), 1e3, 65504.0]
-_PROBES = [torch.tensor(_POINTS, dtype=dtype, device="cpu") for dtype in (torch.float64, torch.float32)]
+_POINTS = [0.0, 65504.0, *torch.logspace(-6, 4.8, 2000, dtype=torch.float64, device="cpu").tolist()]
+_PROBE = torch.tensor([-p for p in _POINTS] + _POINTS, dtype=torch.float64, device="cpu")
 
 
 def list_surrogates() -> list[str]:
@@ -61,8 +61,8 @@ def register_surrogate(name: str, primitive: Formula, derivative: Formula, **par
     `primitive(x, *values)` and `derivative(x, *values)` are elementwise, made of differentiable torch operations, and
     take the values of `parameters` (name=default, each finite and positive) by position. Half-precision inputs reach
     them as float32. Raises TypeError if the name is no string; ValueError if it is taken, a parameter has a name that
-    `sugar()` takes itself, a default is not finite and positive, or the derivative isn't one finite value per element,
-    for every |x| <= 65504.
+    `sugar()` takes itself, a default is not finite and positive, or the derivative changes x in place or isn't one
+    finite value per element for every |x| <= 65504.
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"the name of a surrogate must be a string, not {name!r}")
@@ -72,9 +72,12 @@ def register_surrogate(name: str, primitive: Formula, derivative: Formula, **par
         raise ValueError(f"parameter {taken.pop()!r} of surrogate {name!r} has a name that sugar() takes itself")
     surrogate = Surrogate(name, primitive, derivative, dict(parameters))
     values = [_checked(surrogate, key, value) for key, value in parameters.items()]
-    for slope in (derivative(x, *values) for x in _PROBES):
-        if slope.shape != _PROBES[0].shape or not slope.isfinite().all():
+    for x in (_PROBE.clone(), _PROBE.float()):
+        slope = derivative(x, *values)
+        if slope.shape != x.shape or not slope.isfinite().all():
             raise ValueError(f"the derivative of surrogate {name!r} must return one finite value per element")
+        if not torch.equal(x, _PROBE.to(x.dtype)):
+            raise ValueError(f"the derivative of surrogate {name!r} must not change its input in place")
     _surrogates[name] = replace(surrogate, formula=_fingerprint(derivative, values))
 
 
@@ -107,11 +110,11 @@ def _checked(surrogate: Surrogate, key: str, value: Any) -> float:
 
 
 def _fingerprint(derivative: Formula, values: list[float]) -> str:
-    """Hash of what a derivative returns, with its default parameters and with others: new formula, new fingerprint."""
+    """Hash of what a derivative returns, with default and other parameters: a new formula has a new fingerprint."""
     digest = hashlib.sha256()
-    for x in _PROBES:
-        for scale in (1.0, 1.5):
-            digest.update(repr(derivative(x, *(scale * value for value in values)).tolist()).encode())
+    for scale in (1.0, 0.1, 1.5, 10.0):
+        for x in (_PROBE.clone(), _PROBE.float()):
+            digest.update(derivative(x, *(scale * value for value in values)).numpy().tobytes())
     return digest.hexdigest()[:12]
 
 
