@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ import yaml
 from scripting import SCRIPTS, TINY, error_line, load_script, make_images
 
 import timm_sugar
-from timm_sugar.runs import load_file
+from timm_sugar.runs import find_checkpoint, load_file
 
 train = load_script("train")
 RECIPES = sorted((SCRIPTS / "recipes").glob("*.yaml"))
@@ -159,6 +160,18 @@ def test_killed_at_any_change_on_disk_and_resumed_is_the_same_run(data: Path, tm
         assert train.main(["--resume", str(folder)] if (folder / "args.yaml").exists() else argv) == 0, n
         assert_same_run(folder, tmp_path / "whole")
     assert n > 15
+
+
+def test_no_epoch_is_lost_where_a_kill_left_no_last_checkpoint(finished: Path, tmp_path: Path) -> None:
+    """The new one is whole but not yet renamed; or, half written, it leaves the older ones."""
+    names = {name: tmp_path / name for name in ("tmp.pth.tar", "checkpoint-2.pth.tar", "checkpoint-10.pth.tar")}
+    for path in names.values():
+        shutil.copy(finished / "last.pth.tar", path)
+    assert find_checkpoint(tmp_path) == names["tmp.pth.tar"]
+    names["tmp.pth.tar"].write_bytes(b"PK half a checkpoint")
+    assert find_checkpoint(tmp_path) == names["checkpoint-10.pth.tar"]
+    shutil.copy(finished / "last.pth.tar", tmp_path / "last.pth.tar")
+    assert find_checkpoint(tmp_path) == tmp_path / "last.pth.tar"
 
 
 def run_script(argv: list[str], **more: Any) -> subprocess.Popen[str]:
