@@ -35,8 +35,8 @@ from timm_sugar import SUGAR, models, sugarize
 from timm_sugar.activation import FunctionalSUGAR
 from timm_sugar.surgery import is_activation, is_activation_function
 
-# Architectures whose forward pass can't run on the meta device, and why: they run on the CPU instead.
-NOT_ON_META: dict[str, str] = {}
+# forward_intermediates() of these reads numbers from tensors, which meta has none of, unless it is asked like this.
+INTERMEDIATES_ON_META = {"gemma4_vit*": {"output_fmt": "NLC"}}
 # An LSTM is slow on the meta device, a step of Python for each position: these get images of this many pixels a side.
 IMAGE_SIZE = {"sequencer2d_*": 32}
 
@@ -123,19 +123,20 @@ def _activations_left(model: nn.Module) -> Iterator[str]:
 
 def _passes(model: Any, base: str) -> Iterator[tuple[str, dict[str, str]]]:
     """Run the model; for each way to run it, what ActivationFinder found."""
-    pattern = next((p for p in IMAGE_SIZE if fnmatch.fnmatchcase(base, p)), None)
     channels, *size = model.pretrained_cfg["input_size"]
-    if pattern:
-        size = [IMAGE_SIZE[pattern]] * 2
-    device = next(model.parameters()).device
-    images = torch.empty(2, channels, *size, device=device)  # two, as batch normalisation trains on no fewer
+    size = next(([side, side] for glob, side in IMAGE_SIZE.items() if fnmatch.fnmatchcase(base, glob)), size)
+    images = torch.empty(2, channels, *size, device="meta")  # two, as batch normalisation trains on no fewer
     with ActivationFinder() as finder:
         model.train()(images)
     yield "forward", finder.found
     if hasattr(model, "forward_intermediates"):
         with ActivationFinder() as finder, torch.no_grad():
-            model.eval().forward_intermediates(images)
+            model.eval().forward_intermediates(images, **_intermediates_arguments(base))
         yield "forward_intermediates", finder.found
+
+
+def _intermediates_arguments(base: str) -> dict[str, str]:
+    return next((args for glob, args in INTERMEDIATES_ON_META.items() if fnmatch.fnmatchcase(base, glob)), {})
 
 
 def _forward_problems(model: nn.Module, base: str) -> Iterator[str]:
@@ -153,9 +154,8 @@ def _one_line(error: Exception) -> str:
 
 def check(base: str, name: str) -> list[str]:
     """Build an architecture and its base, compare them, and run it; what is wrong with it, one line for each thing."""
-    device = "cpu" if base in NOT_ON_META else "meta"
     try:
-        model = timm.create_model(name, device=device)
+        model = timm.create_model(name, device="meta")
     except Exception as error:
         return [f"does not build: {type(error).__name__}: {_one_line(error)}"]
     shapes = {key: value.shape for key, value in model.state_dict().items()}
@@ -204,7 +204,11 @@ def registry_problems(bases: list[str]) -> Iterator[str]:
         yield f"{name}: not registered"
     for name in sorted(registered - wanted):
         yield f"{name}: registered, though it is left out or has no base"
-    for table, patterns in (("LEFT_OUT", models.LEFT_OUT), ("IMAGE_SIZE", IMAGE_SIZE), ("NOT_ON_META", NOT_ON_META)):
+    for table, patterns in (
+        ("LEFT_OUT", models.LEFT_OUT),
+        ("IMAGE_SIZE", IMAGE_SIZE),
+        ("INTERMEDIATES_ON_META", INTERMEDIATES_ON_META),
+    ):
         for pattern in patterns:
             if not fnmatch.filter(bases, pattern):
                 yield f"{pattern}: {table} is stale, as timm has no such architecture"
