@@ -15,7 +15,7 @@ import torch
 import yaml
 
 import timm_sugar
-from timm_sugar import surrogate
+from timm_sugar import options, surrogate
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -72,8 +72,8 @@ def test_command_is_one_that_its_script_takes(command: str) -> None:
     if words[0] == "torchrun":
         words[:2] = ["python"]
     if words[0] == "python" and words[1].startswith("scripts/"):
-        arguments = words[2:]
-        parsed = load_script(Path(words[1]).stem).build_parser().parse_args(arguments)
+        script = load_script(Path(words[1]).stem)
+        parsed = getattr(script, "build_parser", options.build_parser)().parse_args(words[2:])
         config = getattr(parsed, "config", None)
         assert config is None or (ROOT / config).is_file()
     elif words[0] == "python":
