@@ -1,0 +1,124 @@
+#!/usr/bin/env python3
+"""Keep results/recipes.csv, and the table of recipes that README.md shows, up to date with finished training runs.
+
+    python scripts/tables.py output/train/RUN ...   # add runs of recipes to results/recipes.csv, then write the table
+    python scripts/tables.py                        # write the table only
+
+A run belongs to the recipe that its folder is named after. Its row has the last epoch's numbers on the validation
+split, how many epochs it ran of those that the recipe asks for, and what it ran on. A newer run replaces an older one.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+
+from timm_sugar import __version__
+from timm_sugar.cli import Parser, UserError, choose_device, explained
+from timm_sugar.runs import read_summary
+
+ROOT = Path(__file__).resolve().parents[1]
+RECIPES, RESULTS, README = ROOT / "scripts" / "recipes", ROOT / "results" / "recipes.csv", ROOT / "README.md"
+COLUMNS = (
+    *("recipe", "epochs", "recipe_epochs", "seed", "top1", "top5", "dead_units", "sparsity"),
+    *("device", "torch", "timm", "timm_sugar", "command"),
+)
+DATA = {"cifar10": "CIFAR-10", "tin200": "Tiny-ImageNet-200", "in1k": "ImageNet-1k", "finetune": "your own"}
+SURROGATES = {"bsilu": "B-SiLU", "nelu": "NeLU"}
+HEAD = """\
+| recipe in `scripts/recipes/` | model, surrogate | data | epochs run here | top-1 (%) | dead units (%) | zeros (%) |
+|---|---|---|---|---|---|---|"""
+
+
+def load_recipe(name: str) -> dict[str, Any]:
+    """The settings of a recipe. Raises UserError if there is none of that name."""
+    with explained(f"no recipe is named {name}"):
+        return yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
+
+
+def summarize(folder: Path) -> dict[str, Any]:
+    """One row of results/recipes.csv. Raises UserError for a folder that is no finished run of a recipe."""
+    name = folder.name
+    recipe = load_recipe(name)
+    with explained(f"{folder} is not a training run"):
+        args = yaml.safe_load((folder / "args.yaml").read_text())
+    rows = read_summary(folder, args["epochs"])
+    if len(rows) < args["epochs"]:
+        raise UserError(f"{folder}: {len(rows)} of {args['epochs']} epochs are done; finish it with train.py --resume")
+    changed = [key for key in recipe if key != "epochs" and args[key] != recipe[key]]
+    kept = " ".join(f"--{key.replace('_', '-')} {args[key]}" for key in ("epochs", *changed))
+    return {
+        "recipe": name,
+        "epochs": args["epochs"],
+        "recipe_epochs": recipe["epochs"],
+        "seed": args["seed"],
+        **{key: f"{float(rows[-1][f'eval_{key}']):.2f}" for key in ("top1", "top5")},
+        **{key: f"{float(rows[-1][f'eval_{key}']):.4f}" for key in ("dead_units", "sparsity")},
+        "device": f"{choose_device(args['device'])}, {os.cpu_count()} cores, {platform.machine()}",
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "timm_sugar": __version__,
+        "command": f"python scripts/train.py --config scripts/recipes/{name}.yaml {kept} --data-dir DATA",
+    }
+
+
+def load_results() -> dict[str, dict[str, Any]]:
+    """Rows of results/recipes.csv by recipe."""
+    if not RESULTS.exists():
+        return {}
+    with open(RESULTS, newline="") as file:
+        return {row["recipe"]: row for row in csv.DictReader(file)}
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """The table of all recipes in Markdown; those without a run here say so."""
+    lines = [HEAD]
+    for path in sorted(RECIPES.glob("*.yaml"), key=lambda path: (list(DATA).index(path.stem.split("_")[-1]), path)):
+        recipe, row = load_recipe(path.stem), results.get(path.stem)
+        surrogate = SURROGATES[recipe.get("model_kwargs", {}).get("surrogate", "bsilu")]
+        model = f"{recipe['model']}, {surrogate}" + (", pretrained" if recipe.get("pretrained") else "")
+        data = DATA[path.stem.split("_")[-1]] + (f", {recipe['img_size']} px" if "img_size" in recipe else "")
+        measured = ["not run here", "", "", ""]
+        if row:
+            shares = [f"{100 * float(row[key]):.2f}" for key in ("dead_units", "sparsity")]
+            measured = [f"{row['epochs']} of {row['recipe_epochs']}", row["top1"], *shares]
+        lines.append(f"| {' | '.join([f'`{path.name}`', model, data, *measured])} |".replace("|  ", "| "))
+    return "\n".join(lines)
+
+
+def with_table(readme: str, results: dict[str, dict[str, Any]]) -> str:
+    """README.md's text, what stands between its two marks replaced by the table."""
+    before, rest = readme.split("<!-- recipes -->\n")
+    return f"{before}<!-- recipes -->\n{table(results)}\n<!-- /recipes -->{rest.partition('<!-- /recipes -->')[2]}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0. A user's mistake exits with status 2 and one line on stderr, with nothing written."""
+    parser = Parser("tables.py", description=__doc__)
+    parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a finished run of a recipe")
+    args = parser.parse_args(argv)
+    try:
+        results = load_results() | {row["recipe"]: row for row in map(summarize, args.runs)}
+    except UserError as error:
+        parser.error(str(error))
+    if args.runs:
+        RESULTS.parent.mkdir(exist_ok=True)
+        with open(RESULTS, "w", newline="") as file:
+            writer = csv.DictWriter(file, COLUMNS)
+            writer.writeheader()
+            writer.writerows(results[name] for name in sorted(results))
+    README.write_text(with_table(README.read_text(), results))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

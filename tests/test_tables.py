@@ -1,0 +1,53 @@
+"""The table of recipes: made from committed numbers, and numbers only from finished runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from scripting import load_script
+
+tables = load_script("tables")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a run of a recipe, two epochs long."""
+    folder = tmp_path / "resnet18_cifar10"
+    folder.mkdir()
+    args = tables.load_recipe(folder.name) | {"epochs": 2, "seed": 7, "device": "cpu", "batch_size": 64}
+    (folder / "args.yaml").write_text(yaml.safe_dump(args))
+    (folder / "summary.csv").write_text(
+        "epoch,train_loss,eval_loss,eval_top1,eval_top5,eval_dead_units,eval_sparsity,lr\n"
+        "0,2.0,2.0,30.0,80.0,0.5,0.25,0.1\n"
+        "1,1.0,1.0,61.234,95.678,0.125,0.5,0.1\n"
+    )
+    return folder
+
+
+def test_readme_shows_the_committed_results() -> None:
+    text = tables.README.read_text()
+    assert tables.with_table(text, tables.load_results()) == text
+
+
+def test_a_row_has_the_last_epoch_and_the_command_that_repeats_it(run: Path) -> None:
+    row = tables.summarize(run)
+    assert (row["epochs"], row["recipe_epochs"], row["seed"]) == (2, 30, 7)
+    assert (row["top1"], row["top5"], row["dead_units"], row["sparsity"]) == ("61.23", "95.68", "0.1250", "0.5000")
+    assert row["command"].endswith("resnet18_cifar10.yaml --epochs 2 --batch-size 64 --data-dir DATA")
+    assert "| 2 of 30 | 61.23 | 12.50 | 50.00 |" in tables.table({"resnet18_cifar10": row})
+
+
+def test_an_unfinished_run_and_a_folder_of_another_name_are_refused(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tables, "RESULTS", run / "results.csv")
+    lines = (run / "summary.csv").read_text().splitlines()
+    (run / "summary.csv").write_text("\n".join(lines[:2]) + "\n")
+    for folder, message in ((run, "1 of 2 epochs are done"), (run.parent / "mine", "no recipe is named mine")):
+        with pytest.raises(SystemExit) as stop:
+            tables.main([str(folder)])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not tables.RESULTS.exists()
