@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 import yaml
+from scripting import load_script
 
 import timm_sugar
 from timm_sugar import options, surrogate
@@ -30,17 +28,6 @@ COMMANDS = [
     for line in code.replace("\\\n", " ").splitlines()
 ]
 CURVES = {"relu", "bsilu", "elu", "gelu", "leaky_relu", "mish", "nelu", "selu", "silu"}
-
-
-def load_script(name: str) -> ModuleType:
-    """A file of scripts/ as a module."""
-    spec = importlib.util.spec_from_file_location(f"readme_{name}", ROOT / "scripts" / f"{name}.py")
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_readme_has_the_blocks_that_the_tests_below_are_about() -> None:
