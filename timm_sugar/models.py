@@ -31,12 +31,20 @@ SUFFIX = "_sugar"
 # Short names, without the suffix: what users call the architecture.
 ALIASES = {"swin_tiny": "swin_tiny_patch4_window7_224"}
 
+EVONORM = "its activation is a part of EvoNorm and can't be exchanged by itself"
+TAPS = "its forward_intermediates() applies F.relu to the features it returns"
+
 # Architectures without a SUGAR variant (patterns of base names), and why: a name works whole or isn't registered.
 LEFT_OUT = {
+    "ese_vovnet39b_evos": EVONORM,
+    "regnetz_*_evos": EVONORM,
+    "resnetv2_50d_evos": EVONORM,
+    "test_efficientnet_evos": EVONORM,
+    "resnetv2_50d_frn": "its activation is the learned threshold (TLU) of filter response normalisation",
     "mobilevitv2_*": "its linear attention calls F.relu inside a hand-written forward",
-    "legacy_xception": "its forward_intermediates() applies F.relu to the features it returns",
-    "nasnetalarge": "its forward_intermediates() applies F.relu to the features it returns",
-    "pnasnet5large": "its forward_intermediates() applies F.relu to the features it returns",
+    "legacy_xception": TAPS,
+    "nasnetalarge": TAPS,
+    "pnasnet5large": TAPS,
 }
 
 # Weights that were trained with SUGAR: {"<name>_sugar.<tag>": PretrainedCfg(hf_hub_id=..., num_classes=..., ...)}.
