@@ -21,7 +21,7 @@ import yaml
 from scripting import SCRIPTS, TINY, error_line, load_script, make_images
 
 import timm_sugar
-from timm_sugar.runs import find_checkpoint, load_file
+from timm_sugar.runs import find_checkpoint, load_file, plot_curves
 
 train = load_script("train")
 RECIPES = sorted((SCRIPTS / "recipes").glob("*.yaml"))
@@ -515,3 +515,12 @@ def test_full_disk_keeps_the_last_good_checkpoint(
     assert not list(folder.glob("*tmp*"))
     assert train.main(["--resume", str(folder), "--epochs", "4"]) == 0
     assert load_file(folder / "last.pth.tar")["epoch"] == 3
+
+
+def test_curves_are_the_same_from_memory_and_from_the_summary(tmp_path: Path) -> None:
+    rows = [{"epoch": e, "train_loss": 2.0 - e, "eval_top1": 40.0 + e, "eval_dead_units": 0.0} for e in (0, 1)]
+    pictures = []
+    for drawn in (rows, [{key: str(value) for key, value in row.items()} for row in rows]):
+        plot_curves(tmp_path, drawn)
+        pictures.append((tmp_path / "curves.png").read_bytes())
+    assert pictures[0] == pictures[1]

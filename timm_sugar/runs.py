@@ -93,7 +93,7 @@ def plot_curves(folder: Path, rows: list[dict[str, Any]]) -> None:
     for axes, (title, keys) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for key in keys:
             if key in rows[-1]:
-                points = [(int(row["epoch"]), float(row[key])) for row in rows if row.get(key)]
+                points = [(int(row["epoch"]), float(row[key])) for row in rows if row.get(key, "") != ""]
                 axes.plot(*zip(*points, strict=True), ".-", label=key.removeprefix("eval_"))
                 axes.legend()
         axes.set(title=title, xlabel="epoch")
