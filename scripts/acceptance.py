@@ -338,7 +338,7 @@ def main() -> int:
         outcomes = choose(families, args.models or [])
         on_base = run(outcomes, args.sdist, args.jobs)
     except (OSError, ValueError, tarfile.TarError) as error:
-        parser.error(str(error))
+        parser.error(" ".join(str(error).split()))
     rows, unexpected = report(outcomes, on_base)
     for line in unexpected:
         print(f"UNEXPECTED {line}")
