@@ -23,7 +23,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from timm_sugar import SUGAR, register_surrogate, sugar
+from timm_sugar import SUGAR, activation, register_surrogate, sugar
 from timm_sugar import surrogate as surrogate_module
 from timm_sugar.activation import FunctionalSUGAR
 
@@ -231,6 +231,76 @@ def test_backward_saves_the_input_and_nothing_else() -> None:
     assert [t.data_ptr() for t in saved if t.numel()] == [x.data_ptr()]
 
 
+# --- large tensors, whose gradient is computed piece by piece
+
+
+@pytest.fixture
+def pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Makes every tensor of more than 7 elements a large one; the sizes of those that were taken in pieces."""
+    sizes, in_pieces = [], activation._in_chunks
+    monkeypatch.setattr(activation, "_CHUNK", 7)
+    monkeypatch.setattr(activation, "_in_chunks", lambda g, x, *rest: sizes.append(x.numel()) or in_pieces(g, x, *rest))
+    return sizes
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["bsilu", "nelu"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradient_in_pieces_is_the_formula(layout: str, name: str, dtype: torch.dtype, pieces: list[int]) -> None:
+    base = sample(torch.float32).nan_to_num(0.3, 4.0, -4.0).to(dtype).requires_grad_()
+    x = LAYOUTS[layout](base)
+    y = sugar(x, name)
+    upstream = torch.empty_like(y).copy_(torch.randn(y.shape, generator=torch.Generator().manual_seed(3)))
+    (grad,) = torch.autograd.grad(y, x, upstream)
+    assert_slope(grad, upstream, x, name)
+    assert grad.stride() == y.stride()
+    dense = layout in ("contiguous", "channels_last", "transposed")
+    assert pieces == ([x.numel()] if dense else [])
+
+
+def test_gradient_in_pieces_of_a_slice_reads_nothing_else(pieces: list[int]) -> None:
+    x = torch.randn(40, generator=torch.Generator().manual_seed(0))[10:30].requires_grad_()
+    upstream = torch.randn(40, generator=torch.Generator().manual_seed(1))[20:]
+    (grad,) = torch.autograd.grad(sugar(x), x, upstream)
+    assert_slope(grad, upstream, x, "bsilu")
+    assert pieces == [20]
+
+
+def test_no_intermediate_result_of_a_large_gradient_is_as_large() -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = func(*args, **(kwargs or {}))
+            if isinstance(result, Tensor) and result._base is None and not func._schema.is_mutable:
+                made.append((func._schema.name, result.numel()))
+            return result
+
+    made: list[tuple[str, int]] = []
+    x = torch.randn(8, 64, 33, 65, requires_grad=True)
+    y, upstream = sugar(x), torch.ones(x.shape)
+    with Sizes():
+        torch.autograd.grad(y, x, upstream)
+    large = [name for name, size in made if size > activation._CHUNK * torch.get_num_threads()]
+    assert large == ["aten::empty_like", *["aten::as_strided"] * 3]  # the result, and three views
+    assert len(made) > 10
+
+
+def test_large_batched_and_recorded_gradients_are_not_taken_in_pieces(pieces: list[int]) -> None:
+    x = torch.randn(20, dtype=torch.float64, requires_grad=True)
+    upstream = torch.randn(3, 20, dtype=torch.float64)
+    (grads,) = torch.autograd.grad(sugar(x), x, upstream, is_grads_batched=True)
+    for grad, one in zip(grads, upstream, strict=True):
+        assert_slope(grad, one, x, "bsilu")
+    (grad,) = torch.autograd.grad(sugar(x).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(grad.sum(), x)
+    assert second.abs().sum() > 1
+    torch.testing.assert_close(torch.func.grad(lambda t: sugar(t).sum())(x.detach()), grad.detach())
+    per_sample = torch.func.vmap(torch.func.grad(lambda t: sugar(t).sum()))(x.detach().expand(4, 20))
+    torch.testing.assert_close(per_sample, grad.detach().expand(4, 20))
+    assert pieces == []
+
+
 # --- second derivatives
 
 
@@ -275,8 +345,8 @@ class Bank(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         outputs = []
-        for i, activation in enumerate(self.activations):
-            outputs.append(activation(self.scale[i] * x + self.shift[i]))
+        for i, module in enumerate(self.activations):
+            outputs.append(module(self.scale[i] * x + self.shift[i]))
         return torch.stack(outputs, dim=-1)
 
 
@@ -786,6 +856,9 @@ def test_pytorch_still_has_what_the_operator_is_made_of() -> None:
     with enable_single_level_autograd_function():
         pass
     assert callable(torch.library.register_vmap)
+    leaf = torch.ones(2, requires_grad=True)
+    for plain in (torch.ones(2), leaf, leaf * 2, torch.ones(3, 3)[1:], torch.ones(2).half()):
+        assert torch._C._dispatch_keys(plain).raw_repr() == activation._PLAIN.raw_repr()
     assert {torch.Tag.pointwise, torch.Tag.pt2_compliant_tag} <= set(torch.ops.timm_sugar.relu.default.tags)
 
 

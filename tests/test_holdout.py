@@ -1,0 +1,60 @@
+"""`scripts/holdout.py`: what it sets aside, and that nothing is left behind where it can't."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from scripting import error_line, load_script, make_images
+from timm.data import create_dataset
+
+holdout = load_script("holdout")
+
+
+def listing(folder: Path) -> dict[str, Path]:
+    return {str(path.relative_to(folder)): path for path in folder.rglob("*") if not path.is_dir()}
+
+
+def test_each_class_is_divided_and_no_image_is_in_both_splits(tmp_path: Path) -> None:
+    make_images(tmp_path / "data", train=10, validation=2)
+    assert holdout.main([str(tmp_path / "data"), str(tmp_path / "out"), "--share", "0.3"]) == 0
+    train, held_out = listing(tmp_path / "out/train"), listing(tmp_path / "out/validation")
+    assert not train.keys() & held_out.keys()
+    assert train.keys() | held_out.keys() == listing(tmp_path / "data/train").keys()
+    for name, link in {**train, **held_out}.items():
+        assert link.read_bytes() == (tmp_path / "data/train" / name).read_bytes()
+    for folder in (tmp_path / "out/validation").iterdir():
+        assert len(list(folder.iterdir())) == 3
+    assert len(create_dataset("", root=str(tmp_path / "out"), split="validation")) == len(held_out)
+
+
+def test_the_seed_decides_which(tmp_path: Path) -> None:
+    make_images(tmp_path / "data", train=10, validation=2)
+    for out, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        holdout.main([str(tmp_path / "data"), str(tmp_path / out), "--share", "0.5", "--seed", seed])
+    a, b, c = (listing(tmp_path / out / "train").keys() for out in "abc")
+    assert a == b != c
+
+
+@pytest.mark.parametrize(
+    ("share", "message"), [("0", "between 0 and 1"), ("1.5", "between 0 and 1"), ("0.01", "leaves a split empty")]
+)
+def test_a_share_that_leaves_a_split_empty_is_refused(
+    tmp_path: Path, share: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_images(tmp_path / "data", train=10, validation=2)
+    assert message in error_line(
+        holdout.main, [str(tmp_path / "data"), str(tmp_path / "out"), "--share", share], capsys
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_folder_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_images(tmp_path / "data", train=4, validation=2)
+    before = listing(tmp_path / "data").keys()
+    assert "exists" in error_line(holdout.main, [str(tmp_path / "data"), str(tmp_path / "data")], capsys)
+    assert listing(tmp_path / "data").keys() == before
+
+
+def test_a_folder_without_splits_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no split 'train'" in error_line(holdout.main, [str(tmp_path), str(tmp_path / "out")], capsys)
