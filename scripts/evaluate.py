@@ -35,6 +35,7 @@ from tqdm import tqdm
 import timm_sugar  # noqa: F401  registers the models
 from timm_sugar.cli import KeyValues, Parser, UserError, choose_device, explained
 from timm_sugar.data import check_classes, open_dataset
+from timm_sugar.diagnose import watch
 from timm_sugar.runs import load_file, write_atomically
 
 # What a training run says about its model and data, and evaluation needs to know.
@@ -84,6 +85,7 @@ def build_parser() -> Parser:
     add("--amp", action="store_true", help="mixed precision")
     add("--amp-dtype", default="float16", choices=("float16", "bfloat16"), help="(default: %(default)s)")
     add("--channels-last", action="store_true")
+    add("--activations", action="store_true", help="count dead units and zeros of hidden activations too")
     add("--results-file", metavar="FILE", help="write the results here too")
     add("--results-format", default="csv", choices=("csv", "json"), help="(default: %(default)s)")
     return parser
@@ -141,7 +143,8 @@ def build_model(args: argparse.Namespace) -> tuple[nn.Module, str]:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, loader: Any, args: argparse.Namespace, device: torch.device) -> dict[str, float]:
-    """Top-1 and top-5 (percent), loss, and images per second with loading."""
+    """Top-1 and top-5 (percent), loss, images per second with loading, and with --activations the shares of dead units
+    and zeros (0..1)."""
     model = model.to(device).eval()
     if args.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -150,13 +153,16 @@ def evaluate(model: nn.Module, loader: Any, args: argparse.Namespace, device: to
     )
     evaluator = ClassificationEvaluator(device)
     start = time.perf_counter()
-    for x, y in tqdm(loader, leave=False, disable=not sys.stderr.isatty()):
-        x = x.contiguous(memory_format=torch.channels_last) if args.channels_last else x
-        with autocast():
-            output = model(x)
-        evaluator.update(output, y)
+    with watch(model) if args.activations else nullcontext() as activations:
+        for x, y in tqdm(loader, leave=False, disable=not sys.stderr.isatty()):
+            x = x.contiguous(memory_format=torch.channels_last) if args.channels_last else x
+            with autocast():
+                output = model(x)
+            evaluator.update(output, y)
     metrics = evaluator.compute()  # waits for the device
-    return {**metrics, "images_per_second": evaluator.num_samples / (time.perf_counter() - start)}
+    speed = evaluator.num_samples / (time.perf_counter() - start)
+    shares = {"dead_units": activations.dead, "sparsity": activations.sparsity} if activations else {}
+    return {**metrics, "images": evaluator.num_samples, "images_per_second": speed, **shares}
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
@@ -190,6 +196,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         f"top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} %, loss {metrics['loss']:.4f}, "
         f"{metrics['images_per_second']:.0f} images/s (with loading)"
     )
+    shares: dict[str, Any] = {name: round(metrics[name], 6) for name in ("dead_units", "sparsity") if name in metrics}
+    if shares:
+        print(f"dead units {shares['dead_units']:.2%}, zeros {shares['sparsity']:.2%}")
     return {
         "model": args.model,
         "top1": round(metrics["top1"], 4),
@@ -203,6 +212,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "loss": round(metrics["loss"], 6),
         "images_per_second": round(metrics["images_per_second"], 1),
         "weights": source,
+        "images": metrics["images"],
+        **shares,
     }
 
 

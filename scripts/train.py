@@ -7,7 +7,7 @@
     python scripts/train.py --resume output/train/RUN
 
 DATA holds train/CLASS/*.png and validation/CLASS/*.png, or use --dataset for timm's other data sets. A run is a folder:
-args.yaml, summary.csv, curves.png, last.pth.tar, model_best.pth.tar and the best checkpoint-N.pth.tar.
+args.yaml, train.log, summary.csv, curves.png, last.pth.tar, model_best.pth.tar and the best checkpoint-N.pth.tar.
 """
 
 from __future__ import annotations
@@ -252,6 +252,13 @@ class Run:
             reason = " ".join(str(error).split())
             raise UserError(f"can't save to {self.folder} ({reason}); make room, then {self.resume_command}") from error
 
+    def log(self, line: str) -> None:
+        """Print a line, and add it to train.log in the folder of the run."""
+        print(line, flush=True)
+        if self.folder:
+            with self.saving(), open(self.folder / "train.log", "a") as file:
+                file.write(line + "\n")
+
     @property
     def resume_command(self) -> str:
         return f"continue with: python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(self.folder))}"
@@ -300,7 +307,7 @@ class Run:
             bar.set_postfix_str(f"loss {losses.avg:.4f}, {speed:.0f} img/s", refresh=False)
             done = update - epoch * self.updates
             if bar.disable and args.rank == 0 and (done % args.log_interval == 0 or done == self.updates):
-                print(f"epoch {epoch} update {done}/{self.updates} loss {losses.avg:.4f} {speed:.0f} img/s", flush=True)
+                self.log(f"epoch {epoch} update {done}/{self.updates} loss {losses.avg:.4f} {speed:.0f} img/s")
         if not args.distributed:
             return losses.avg
         for ema in (False, True) if task.has_ema() else (False,):
@@ -343,7 +350,7 @@ class Run:
         metrics.update(dead_units=activations.dead, sparsity=activations.sparsity)
         if args.rank == 0:
             text = " ".join(f"{k} {v:.3f}" for k, v in metrics.items())
-            print(f"epoch {epoch} validation{' (EMA)' if ema else ''}: {text}", flush=True)
+            self.log(f"epoch {epoch} validation{' (EMA)' if ema else ''}: {text}")
         return metrics
 
     def save(self, epoch: int, row: dict[str, Any]) -> None:

@@ -25,6 +25,7 @@ from torch import nn
 
 import timm_sugar
 from timm_sugar import SUGAR, models
+from timm_sugar.tags import SugarTag
 
 BASES = [name for name in timm.list_models() if not name.endswith("_sugar")]
 REGISTERED = [name for name in timm.list_models() if name.endswith("_sugar")]
@@ -347,17 +348,27 @@ def test_no_warning_without_weights(base: str) -> None:
 def test_declared_sugar_tag_resolves_without_warm_start_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, kwargs = saved_base("test_vit", tmp_path)
-    cfg = dataclasses.replace(get_pretrained_cfg("test_vit"), tag="bsilu_x", hf_hub_id="org/name", num_classes=3)
-    monkeypatch.setitem(models.SUGAR_TAGS, "test_vit_sugar.bsilu_x", cfg)
+    saved_base("test_vit", tmp_path)
+    file = tmp_path / "model.safetensors"
+    cfg = dataclasses.replace(get_pretrained_cfg("test_vit"), tag="nelu_x", hf_hub_id=None, file=str(file))
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    arguments = {"surrogate": "nelu", "alpha": 0.3, "num_classes": 3}
+    monkeypatch.setitem(models.SUGAR_TAGS, "test_vit_sugar.nelu_x", SugarTag("x", cfg, arguments, digest))
     tags: DefaultCfg = models._tags("test_vit_sugar", "test_vit")
     assert next(iter(tags.tags)) == get_pretrained_cfg("test_vit").tag  # the bare name stays the base's
-    assert tags.cfgs["bsilu_x"].hf_hub_id == "org/name"
-    assert "bsilu_x" not in models._tags("test_vit2_sugar", "test_vit2").cfgs
-    overlay = kwargs.pop("pretrained_cfg_overlay") | {"tag": "bsilu_x"}
+    assert tags.cfgs["nelu_x"] == cfg
+    assert "nelu_x" not in models._tags("test_vit2_sugar", "test_vit2").cfgs
+    declared = {"pretrained": True, "pretrained_cfg": cfg.to_dict()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        timm.create_model("test_vit_sugar", pretrained_cfg_overlay=overlay, **kwargs)
+        model = timm.create_model("test_vit_sugar", **declared)
+        other = timm.create_model("test_vit_sugar", **declared, surrogate="bsilu", drop_rate=0.5)
+        random = timm.create_model("test_vit_sugar", pretrained_cfg=cfg.to_dict())
+    assert torch.equal(model.norm.weight, load_file(file)["norm.weight"])
+    for built, settings in ((model, ("nelu", [0.3])), (other, ("bsilu", [1.67])), (random, ("nelu", [0.3]))):
+        assert {(m.surrogate, *m.values) for m in built.modules() if isinstance(m, SUGAR)} == {
+            (settings[0], *settings[1])
+        }
 
 
 # ---- gradient ----

@@ -81,8 +81,11 @@ def assert_same_run(folder: Path, other: Path) -> None:
 def test_a_run_leaves_what_timm_leaves(finished: Path) -> None:
     names = {p.name for p in finished.iterdir()}
     checkpoints = {f"checkpoint-{i}.pth.tar" for i in range(3)} | {"last.pth.tar", "model_best.pth.tar"}
-    assert names == checkpoints | {"args.yaml", "summary.csv", "curves.png"}
+    assert names == checkpoints | {"args.yaml", "train.log", "summary.csv", "curves.png"}
     rows = summary(finished)
+    log = (finished / "train.log").read_text()
+    for row in rows:
+        assert f"epoch {row['epoch']} validation (EMA): loss {float(row['eval_loss']):.3f}" in log
     assert list(rows[0]) == [
         *("epoch", "train_loss", "eval_loss", "eval_top1", "eval_top5", "eval_dead_units", "eval_sparsity", "lr")
     ]

@@ -10,6 +10,7 @@ import fnmatch
 import warnings
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from timm.models import (
@@ -25,6 +26,7 @@ from torch import nn
 
 from timm_sugar.surgery import sugarize
 from timm_sugar.surrogate import get_surrogate, list_surrogates, resolve_parameters
+from timm_sugar.tags import SugarTag, load_tags
 
 SUFFIX = "_sugar"
 
@@ -47,8 +49,7 @@ LEFT_OUT = {
     "pnasnet5large": TAPS,
 }
 
-# Weights that were trained with SUGAR: {"<name>_sugar.<tag>": PretrainedCfg(hf_hub_id=..., num_classes=..., ...)}.
-SUGAR_TAGS: dict[str, PretrainedCfg] = {}
+SUGAR_TAGS: dict[str, SugarTag] = load_tags()  # weights that were trained with SUGAR, by full name
 
 default_cfgs: dict[str, DefaultCfg] = {}  # where timm's register_model looks for the tags of this module's names
 
@@ -65,13 +66,20 @@ def _create_entrypoint(name: str, base: str) -> Callable[..., nn.Module]:
         pretrained: bool = False,
         pretrained_cfg: Any = None,
         pretrained_cfg_overlay: dict[str, Any] | None = None,
-        surrogate: str = "bsilu",
+        surrogate: str | None = None,
         **kwargs: Any,
     ) -> nn.Module:
         known = {key for other in list_surrogates() for key in get_surrogate(other).parameters}
+        cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
+        tag = None if cfg.source else SUGAR_TAGS.get(f"{name}.{cfg.tag}")
+        if tag:  # build what the weights were trained as, except for what the caller asks for
+            other = {"surrogate", *known} if surrogate else set()  # another surrogate has other parameters
+            kwargs = {key: value for key, value in tag.model_args.items() if key not in other} | kwargs
+        surrogate = kwargs.pop("surrogate", surrogate or "bsilu")
         parameters = {key: kwargs.pop(key) for key in known & kwargs.keys()}
         resolve_parameters(surrogate, parameters)  # complain before anything is built or downloaded
-        cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
+        if pretrained and tag and (cfg.file, cfg.hf_hub_id) == (tag.cfg.file, tag.cfg.hf_hub_id):
+            cfg = replace(cfg, file=tag.fetch(kwargs.get("cache_dir")))
         model = model_entrypoint(base)(pretrained=pretrained, pretrained_cfg=cfg, **kwargs)
         trained_with = sorted(set(sugarize(model, surrogate, **parameters).values()) - {"ReLU", "relu"})
         if pretrained and trained_with and not _is_trained_with_sugar(name, cfg):
@@ -96,7 +104,7 @@ def _is_trained_with_sugar(name: str, cfg: PretrainedCfg) -> bool:
 def _tags(name: str, base: str) -> DefaultCfg:
     """Every tag of the base, the default one first, then those of weights trained with SUGAR."""
     cfgs = {full.partition(".")[2]: cfg for full, cfg in get_arch_pretrained_cfgs(base).items()}
-    cfgs |= {full.partition(".")[2]: cfg for full, cfg in SUGAR_TAGS.items() if full.partition(".")[0] == name}
+    cfgs |= {full.partition(".")[2]: tag.cfg for full, tag in SUGAR_TAGS.items() if full.partition(".")[0] == name}
     return DefaultCfg(deque(cfgs), cfgs, is_pretrained=any(cfg.has_weights for cfg in cfgs.values()))
 
 

@@ -1,0 +1,175 @@
+#!/usr/bin/env python3
+"""Make the folder of a trained model, write its card, and put it on the Hugging Face Hub.
+
+    python scripts/publish.py stage output/train/RUN --tag bsilu_cifar10 --dataset cifar10   # a run -> model_cards/
+    python scripts/publish.py cards                                      # write all cards and timm_sugar/tags.json
+    python scripts/publish.py push --dry-run                             # what would change
+    python scripts/publish.py push resnet18_sugar.bsilu_cifar10
+    python scripts/publish.py stage RUN --tag TAG --dataset NAME --models DIR --org ME     # a model of your own
+    python scripts/publish.py push --models DIR --org ME --private
+
+A model is named ARCHITECTURE.TAG. The token is the one that `hf auth login` stored, or HF_TOKEN. A push that was cut
+off completes when it is run again; run twice, it changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from huggingface_hub import HfApi
+
+from timm_sugar import __version__
+from timm_sugar.card import CARD, CONFIG, card
+from timm_sugar.cli import Parser, UserError, explained
+from timm_sugar.data import class_to_idx, open_dataset
+from timm_sugar.hub import changes, check, check_token, push
+from timm_sugar.runs import write_atomically
+from timm_sugar.stage import Run, stage
+from timm_sugar.tags import MODEL_CARDS, ORG, TAGS_FILE, WEIGHTS, describe
+
+EVALUATE = Path(__file__).with_name("evaluate.py")
+
+
+def evaluate(data: str | None, *options: str) -> dict[str, Any]:
+    """A row of results: what scripts/evaluate.py measures in float32 on the CPU, in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder, "results.json")
+        command = [sys.executable, str(EVALUATE), *options, "--activations", "--device", "cpu", "--workers", "1"]
+        command += [f"--data-dir={data}"] if data else []
+        done = subprocess.run([*command, "--results-file", str(results), "--results-format", "json"], check=False)
+        if done.returncode:
+            raise UserError("the evaluation failed, see above")
+        row = json.loads(results.read_text())
+    numbers = {key: row[key] for key in ("top1", "top5", "loss", "dead_units", "sparsity", "images")}
+    versions = {"torch": torch.__version__, "timm": timm.__version__, "timm_sugar": __version__}
+    return numbers | versions | {"device": f"CPU, {os.cpu_count()} cores, {platform.machine()}"}
+
+
+def stage_run(args: argparse.Namespace) -> None:
+    """The `stage` command."""
+    run = Run(args.run)
+    name = f"{run.settings['model'].partition('.')[0]}.{args.tag}"
+    data = args.data_dir or run.settings["data_dir"]
+    split = open_dataset(run.settings["dataset"], data, run.settings["val_split"], class_map=run.settings["class_map"])
+    classes = class_to_idx(split)
+    if not classes:
+        raise UserError("the data set doesn't name its classes: stage with --data-dir and a folder of images")
+    labels = [str(label) for label, _ in sorted(classes.items(), key=lambda item: item[1])]
+    again = f"python scripts/evaluate.py --model {name} --data-dir DATA --activations"
+    twin = None
+    if args.twin:
+        other = Run(args.twin)
+        changed = sorted(
+            key
+            for key, value in run.settings.items()
+            if value != other.settings.get(key)
+            and key not in ("model", "model_kwargs", "experiment", "output", "device_modules")
+        )
+        if changed:
+            raise UserError(f"--twin {args.twin} was trained with another {changed[0]}")
+        twin = evaluate(data, "--checkpoint", str(args.twin / "last.pth.tar"))
+    stage(
+        run,
+        args.models / name,
+        licence=args.license,
+        labels=labels,
+        about={"org": args.org, "dataset": args.dataset, "notes": args.note},
+        measure=lambda folder: {**evaluate(data, "--checkpoint", str(folder)), "command": again},
+        twin=twin,
+    )
+    print(f"{args.models / name} is ready: look at its {CARD}, then put it on the Hub with scripts/publish.py push")
+    args.names = []
+    write_cards(args)
+
+
+def folders(args: argparse.Namespace) -> list[Path]:
+    """The folders that were asked for, or all. Raises UserError if there are none."""
+    found = sorted(path.parent for path in args.models.glob(f"*/{CONFIG}"))
+    named = [args.models / name for name in args.names] or found
+    if not named:
+        raise UserError(f"no models in {args.models}: make one with scripts/publish.py stage")
+    for folder in named:
+        if folder not in found:
+            listed = ", ".join(path.name for path in found) or "none"
+            raise UserError(f"no model {folder.name} in {args.models} (there: {listed})")
+    return named
+
+
+def write_cards(args: argparse.Namespace) -> None:
+    """The `cards` command: every card, and timm_sugar/tags.json if the models are the project's own."""
+    tags = {}
+    for folder in folders(args):
+        write_atomically(folder / CARD, card(folder))
+        tags[folder.name] = describe(json.loads((folder / CONFIG).read_text()), folder / WEIGHTS)
+    if args.models.resolve() == MODEL_CARDS and not args.names:
+        write_atomically(TAGS_FILE, json.dumps(tags, indent=2) + "\n")
+
+
+def push_all(args: argparse.Namespace) -> None:
+    """The `push` command: all folders are checked before the first is pushed."""
+    named = folders(args)
+    for folder in named:
+        check(folder)
+    api = HfApi(library_name="timm_sugar", library_version=__version__)
+    if not args.dry_run:
+        check_token(api, args.org)
+    for folder in named:
+        repo_id = f"{args.org}/{folder.name}"
+        done = changes(api, repo_id, folder) if args.dry_run else push(api, repo_id, folder, args.private)
+        print(f"{repo_id}: {'; '.join(done) if done else 'up to date'}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0, or 130 after Ctrl-C. A user's mistake exits with status 2 and one line on stderr."""
+    parser = Parser("publish.py", description=__doc__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
+
+    def command(name: str, do: Callable[[argparse.Namespace], None], text: str, names: bool = True) -> Any:
+        added = commands.add_parser(name, help=text, description=text)
+        if names:
+            added.add_argument("names", nargs="*", metavar="NAME", help="ARCHITECTURE.TAG (default: all)")
+        added.add_argument("--models", type=Path, default=MODEL_CARDS, metavar="DIR", help="(default: model_cards/)")
+        added.set_defaults(do=do)
+        return added.add_argument
+
+    add = command("stage", stage_run, "make a model's folder from a training run", names=False)
+    add("run", type=Path, metavar="RUN", help="folder of a finished run of scripts/train.py")
+    add("--tag", required=True, metavar="TAG", help="what tells these weights from others, e.g. bsilu_cifar10")
+    add("--dataset", required=True, metavar="NAME", help="cifar10, tin200, or a name of your own")
+    add("--data-dir", metavar="DIR", help="data to evaluate on (default: that of the run)")
+    add("--twin", type=Path, metavar="RUN", help="the same run with the base model, for comparison")
+    add("--license", default="apache-2.0", metavar="ID", help="of the weights (default: %(default)s)")
+    add("--note", action="append", default=[], metavar="TEXT", help="a sentence on the training for the card")
+    add("--org", default=ORG, metavar="ORG", help="organisation or user that the card names (default: %(default)s)")
+
+    command("cards", write_cards, "write the cards again")
+
+    add = command("push", push_all, "put models on the Hub")
+    add("--org", default=ORG, metavar="ORG", help="organisation or user on the Hub (default: %(default)s)")
+    add("--private", action="store_true", help="nobody else sees the repositories")
+    add("--dry-run", action="store_true", help="only say what would change")
+
+    args = parser.parse_args(argv)
+    try:
+        with explained(f"can't write to {args.models}"):
+            args.do(args)
+    except UserError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
