@@ -31,7 +31,7 @@ STOCK = {
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("runs")
     return {
-        "test_resnet_sugar": train(root, "test_resnet_sugar"),
+        "test_resnet_sugar": train(root, "test_resnet_sugar", "--channels-last"),
         "convnext_atto_sugar": train(root, "convnext_atto_sugar", "--model-kwargs", "surrogate=nelu", "alpha=0.05"),
         "swin_tiny_sugar": train(root, "swin_tiny_sugar", *SWIN),
     }

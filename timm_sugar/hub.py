@@ -77,14 +77,17 @@ def _one_line(repo_id: str) -> Iterator[None]:
         yield
     except LocalTokenNotFoundError as error:
         raise UserError("no token: run `hf auth login`, or set HF_TOKEN to a token that can write") from error
-    except (HTTPError, OSError) as error:
-        status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: around what broke the upload of a large file
+        cause = error.__cause__ if isinstance(error, RuntimeError) else error
+        status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
         if status in (401, 403):
             message = f"{repo_id}: the token may not write there; use one with write access to the organisation"
         else:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             message = f"{repo_id}: {reason}; run the same command again, it goes on where it stopped"
         raise UserError(message) from error
+    except ValueError as error:  # a name or metadata that the Hub wouldn't take
+        raise UserError(f"{repo_id}: {' '.join(str(error).split())}") from error
 
 
 def check_token(api: HfApi, org: str) -> None:

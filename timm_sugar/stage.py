@@ -66,7 +66,8 @@ class Run:
                 raise UserError(f"{self.folder} has no {name}: was it made by scripts/train.py?")
         state = read_checkpoint(self.folder / "last.pth.tar", self.settings["model"])
         self.settings["num_classes"] = state["args"].num_classes
-        self.weights = clean_state_dict(state.get("state_dict_ema") or state["state_dict"])
+        weights = clean_state_dict(state.get("state_dict_ema") or state["state_dict"])
+        self.weights = {key: value.contiguous() for key, value in weights.items()}  # safetensors takes no channels_last
 
     def build(self, name: str, arguments: dict[str, Any]) -> nn.Module:
         """A model of these settings with these weights, in eval mode."""
