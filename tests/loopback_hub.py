@@ -68,7 +68,8 @@ class LoopbackHub:
         self.requests: list[str] = []
         self.alive_for: int | None = None  # requests that are answered still; then every connection is cut
         self.refuse: int | None = None  # the request (counted from 1) that is answered with status 400
-        self.truncate: set[str] = set()  # names of files of which only half is sent
+        self.lose: int | None = None  # the request (counted from 1) that is carried out but not answered
+        self.truncate: set[str] = set()  # names of files whose next transfer breaks off half-way
         self.other_content: dict[str, bytes] = {}  # what is sent for a file instead, of the same size
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -130,7 +131,13 @@ class _Handler(BaseHTTPRequestHandler):
         for method, pattern, route in ROUTES:
             match = re.fullmatch(pattern, path)
             if match and self.command in method:
-                return self.answer(*route(self, **match.groupdict()))
+                answer = route(self, **match.groupdict())
+                if hub.lose is not None:
+                    hub.lose -= 1
+                    if hub.lose == 0:
+                        self.close_connection = True
+                        return
+                return self.answer(*answer)
         return self.answer(404, {"error": "no such route"})
 
     do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
@@ -142,10 +149,12 @@ class _Handler(BaseHTTPRequestHandler):
         for key, value in headers.items():
             self.send_header(key, value)
         self.end_headers()
-        if self.command != "HEAD":
-            half = status == 200 and any(self.path.endswith(name) for name in self.hub.truncate)
-            self.wfile.write(content[: len(content) // 2] if half else content)
-            self.close_connection = self.close_connection or half
+        if self.command == "HEAD":
+            return
+        if status == 200 and (broken := {name for name in self.hub.truncate if self.path.endswith(name)}):
+            self.hub.truncate -= broken
+            content, self.close_connection = content[: len(content) // 2], True
+        self.wfile.write(content)
 
     def log_message(self, *_: object) -> None:
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -158,7 +159,7 @@ def test_second_push_changes_nothing_and_writes_nothing(folder: Path, hub: Loopb
     assert len(hub.repos[REPO].commits) == 2
 
 
-@pytest.mark.parametrize("fault", ["alive_for", "refuse"])
+@pytest.mark.parametrize("fault", ["alive_for", "refuse", "lose"])
 def test_cut_off_at_any_request_nothing_half_is_visible_and_the_next_push_completes(
     fault: str, folder: Path, hub: LoopbackHub
 ) -> None:
@@ -168,7 +169,9 @@ def test_cut_off_at_any_request_nothing_half_is_visible_and_the_next_push_comple
         hub.repos.clear()
         hub.blobs.clear()
         setattr(hub, fault, n if fault == "alive_for" else n + 1)
-        with pytest.raises(UserError, match=r"run the same command again|Invalid metadata"):
+        refused = pytest.raises(UserError, match=r"run the same command again|Invalid metadata")
+        # huggingface_hub repeats some requests by itself
+        with contextlib.suppress(UserError) if fault == "lose" else refused:
             push(client(hub), REPO, folder, private=False)
         for repo in hub.visible().values():
             assert {k: v for k, v in repo.files.items() if k != ".gitattributes"} == whole
