@@ -266,6 +266,14 @@ def test_gradient_in_pieces_of_a_slice_reads_nothing_else(pieces: list[int]) -> 
     assert pieces == [20]
 
 
+def test_gradient_of_memory_with_gaps_is_not_taken_in_pieces(pieces: list[int]) -> None:
+    x = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))[:, ::2].requires_grad_()
+    upstream = torch.randn(6, 10, generator=torch.Generator().manual_seed(1))[:, ::2]
+    (grad,) = torch.autograd.grad(sugar(x), x, upstream)
+    assert_slope(grad, upstream, x, "bsilu")
+    assert pieces == []
+
+
 def test_no_intermediate_result_of_a_large_gradient_is_as_large() -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -292,7 +300,7 @@ def test_large_batched_and_recorded_gradients_are_not_taken_in_pieces(pieces: li
     (grads,) = torch.autograd.grad(sugar(x), x, upstream, is_grads_batched=True)
     for grad, one in zip(grads, upstream, strict=True):
         assert_slope(grad, one, x, "bsilu")
-    (grad,) = torch.autograd.grad(sugar(x).sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad(sugar(x), x, torch.ones_like(x), create_graph=True)
     (second,) = torch.autograd.grad(grad.sum(), x)
     assert second.abs().sum() > 1
     torch.testing.assert_close(torch.func.grad(lambda t: sugar(t).sum())(x.detach()), grad.detach())

@@ -29,10 +29,12 @@ _PLAIN = torch._C._dispatch_keys(torch.empty(0, device="cpu"))  # semi-private, 
 
 
 def _is_large_and_plain(x: Tensor, direction: Tensor) -> bool:
-    """Whether two tensors are ordinary ones in a CPU's memory, laid out alike without gaps, that nothing records."""
+    """Whether two tensors are ordinary ones in a CPU's memory, laid out alike without gaps, that nothing records.
+
+    Whatever traces, batches, wraps or distributes a tensor shows in its dispatch keys.
+    """
     return (
-        type(x) is type(direction) is Tensor  # no subclass that traces or distributes
-        and x.numel() > _CHUNK
+        x.numel() > _CHUNK
         and torch._C._dispatch_keys(x).raw_repr() == torch._C._dispatch_keys(direction).raw_repr() == _PLAIN.raw_repr()
         and (x.dtype, x.shape, x.stride()) == (direction.dtype, direction.shape, direction.stride())
         and torch.ops.aten.is_non_overlapping_and_dense.default(x)
