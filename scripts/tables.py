@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Keep results/recipes.csv, and the table of recipes that README.md shows, up to date with finished training runs.
+"""Keep results/recipes.csv, and the table of recipes in README.md, up to date.
 
     python scripts/tables.py output/train/RUN ...   # add runs of recipes to results/recipes.csv, then write the table
     python scripts/tables.py                        # write the table only
+    python scripts/tables.py --selection RECIPE RUN ...   # runs that chose a recipe's settings: results/selection.csv
 
 A run belongs to the recipe that its folder is named after. Its row has the last epoch's numbers on the validation
 split, how many epochs it ran of those that the recipe asks for, and what it ran on. A newer run replaces an older one.
@@ -23,17 +24,20 @@ import torch
 import yaml
 
 from timm_sugar import __version__
+from timm_sugar.card import SURROGATES
 from timm_sugar.cli import Parser, UserError, choose_device, explained
+from timm_sugar.options import build_parser
 from timm_sugar.runs import read_summary
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES, RESULTS, README = ROOT / "scripts" / "recipes", ROOT / "results" / "recipes.csv", ROOT / "README.md"
+SELECTION = ROOT / "results" / "selection.csv"  # HOLDOUT: what scripts/holdout.py made of the training split
 COLUMNS = (
     *("recipe", "epochs", "recipe_epochs", "seed", "top1", "top5", "dead_units", "sparsity"),
     *("device", "torch", "timm", "timm_sugar", "command"),
 )
 DATA = {"cifar10": "CIFAR-10", "tin200": "Tiny-ImageNet-200", "in1k": "ImageNet-1k", "finetune": "your own"}
-SURROGATES = {"bsilu": "B-SiLU", "nelu": "NeLU"}
+OF_THE_MACHINE = ("data_dir", "output", "experiment", "device")
 HEAD = """\
 | recipe in `scripts/recipes/` | model, surrogate | data | epochs run here | top-1 (%) | dead units (%) | zeros (%) |
 |---|---|---|---|---|---|---|"""
@@ -45,17 +49,27 @@ def load_recipe(name: str) -> dict[str, Any]:
         return yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
 
 
-def summarize(folder: Path) -> dict[str, Any]:
-    """One row of results/recipes.csv. Raises UserError for a folder that is no finished run of a recipe."""
-    name = folder.name
+def option(key: str, value: Any) -> str:
+    """A setting as it is written on the command line."""
+    name = f"--{key.replace('_', '-')}"
+    if value is True:
+        return name
+    if isinstance(value, dict):
+        value = [f"{k}={v}" for k, v in value.items()]
+    return f"{name} {' '.join(map(str, value))}" if isinstance(value, list) else f"{name}={value}"
+
+
+def summarize(folder: Path, name: str, data: str = "DATA") -> dict[str, Any]:
+    """One row of results on a run of the recipe of that name. Raises UserError for a folder that is no finished run."""
     recipe = load_recipe(name)
     with explained(f"{folder} is not a training run"):
         args = yaml.safe_load((folder / "args.yaml").read_text())
     rows = read_summary(folder, args["epochs"])
     if len(rows) < args["epochs"]:
         raise UserError(f"{folder}: {len(rows)} of {args['epochs']} epochs are done; finish it with train.py --resume")
-    changed = [key for key in recipe if key != "epochs" and args[key] != recipe[key]]
-    kept = " ".join(f"--{key.replace('_', '-')} {args[key]}" for key in ("epochs", *changed))
+    asked = vars(build_parser().parse_args([])) | recipe
+    changed = [key for key in args if key not in ("epochs", *OF_THE_MACHINE) and args[key] != asked[key]]
+    kept = " ".join(option(key, args[key]) for key in ("epochs", *changed))
     return {
         "recipe": name,
         "epochs": args["epochs"],
@@ -67,16 +81,25 @@ def summarize(folder: Path) -> dict[str, Any]:
         "torch": torch.__version__,
         "timm": timm.__version__,
         "timm_sugar": __version__,
-        "command": f"python scripts/train.py --config scripts/recipes/{name}.yaml {kept} --data-dir DATA",
+        "command": f"python scripts/train.py --config scripts/recipes/{name}.yaml {kept} --data-dir {data}",
     }
 
 
-def load_results() -> dict[str, dict[str, Any]]:
-    """Rows of results/recipes.csv by recipe."""
-    if not RESULTS.exists():
+def load_results(path: Path = RESULTS, key: str = "recipe") -> dict[str, dict[str, Any]]:
+    """Rows of a file of results by one of their columns."""
+    if not path.exists():
         return {}
-    with open(RESULTS, newline="") as file:
-        return {row["recipe"]: row for row in csv.DictReader(file)}
+    with open(path, newline="") as file:
+        return {row[key]: row for row in csv.DictReader(file)}
+
+
+def write_results(path: Path, rows: dict[str, dict[str, Any]]) -> None:
+    """All rows, in the order of their keys."""
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows[key] for key in sorted(rows))
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
@@ -105,17 +128,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0. A user's mistake exits with status 2 and one line on stderr, with nothing written."""
     parser = Parser("tables.py", description=__doc__)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a finished run of a recipe")
+    parser.add_argument(
+        "--selection", metavar="RECIPE", help="the runs were made on held-out images, to choose settings"
+    )
     args = parser.parse_args(argv)
     try:
-        results = load_results() | {row["recipe"]: row for row in map(summarize, args.runs)}
+        if args.selection:
+            chosen = [summarize(run, args.selection, "HOLDOUT") for run in args.runs]
+            rows = load_results(SELECTION, "command") | {row["command"]: row for row in chosen}
+            write_results(SELECTION, rows)
+            return 0
+        results = load_results() | {run.name: summarize(run, run.name) for run in args.runs}
     except UserError as error:
         parser.error(str(error))
     if args.runs:
-        RESULTS.parent.mkdir(exist_ok=True)
-        with open(RESULTS, "w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
-            writer.writeheader()
-            writer.writerows(results[name] for name in sorted(results))
+        write_results(RESULTS, results)
     README.write_text(with_table(README.read_text(), results))
     return 0
 

@@ -11,7 +11,6 @@ from staging import MEASURED, VERSIONS, make_folder, train
 
 from timm_sugar.card import DATASETS, card, read_results
 from timm_sugar.cli import UserError
-from timm_sugar.tags import MODEL_CARDS
 
 
 @pytest.fixture(scope="module")
@@ -23,11 +22,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_card_is_what_its_folder_makes_every_time(folder: Path) -> None:
     assert card(folder) == card(folder) == (folder / "README.md").read_text()
-
-
-@pytest.mark.parametrize("path", sorted(MODEL_CARDS.glob("*/config.json")), ids=lambda path: path.parent.name)
-def test_committed_card_is_what_its_folder_makes(path: Path) -> None:
-    assert (path.parent / "README.md").read_text() == card(path.parent)
 
 
 def test_metadata_is_read_back_by_the_hubs_own_classes(folder: Path) -> None:

@@ -17,6 +17,7 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "resnet18_cifar10"
     folder.mkdir()
     args = tables.load_recipe(folder.name) | {"epochs": 2, "seed": 7, "device": "cpu", "batch_size": 64}
+    args |= {"amp": True, "model_kwargs": {"surrogate": "elu"}, "output": str(tmp_path)}
     (folder / "args.yaml").write_text(yaml.safe_dump(args))
     (folder / "summary.csv").write_text(
         "epoch,train_loss,eval_loss,eval_top1,eval_top5,eval_dead_units,eval_sparsity,lr\n"
@@ -32,10 +33,11 @@ def test_readme_shows_the_committed_results() -> None:
 
 
 def test_a_row_has_the_last_epoch_and_the_command_that_repeats_it(run: Path) -> None:
-    row = tables.summarize(run)
+    row = tables.summarize(run, run.name)
     assert (row["epochs"], row["recipe_epochs"], row["seed"]) == (2, 24, 7)
     assert (row["top1"], row["top5"], row["dead_units"], row["sparsity"]) == ("61.23", "95.68", "0.1250", "0.5000")
-    assert row["command"].endswith("resnet18_cifar10.yaml --epochs 2 --batch-size 64 --data-dir DATA")
+    changes = "--epochs=2 --amp --batch-size=64 --model-kwargs surrogate=elu --seed=7 --data-dir DATA"
+    assert row["command"].endswith(f"resnet18_cifar10.yaml {changes}")
     assert "| 2 of 24 | 61.23 | 12.50 | 50.00 |" in tables.table({"resnet18_cifar10": row})
 
 
@@ -51,3 +53,15 @@ def test_an_unfinished_run_and_a_folder_of_another_name_are_refused(
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
     assert not tables.RESULTS.exists()
+
+
+def test_runs_that_chose_settings_stand_apart(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = tables.README.read_text()
+    trial = run.rename(run.parent / "trial")
+    for _ in range(2):  # the same run again is the same row
+        monkeypatch.setattr(tables, "SELECTION", trial / "selection.csv")
+        assert tables.main(["--selection", "resnet18_cifar10", str(trial)]) == 0
+        (row,) = tables.load_results(tables.SELECTION, "command").values()
+    assert (row["recipe"], row["top1"]) == ("resnet18_cifar10", "61.23")
+    assert row["command"].endswith("--data-dir HOLDOUT")
+    assert tables.README.read_text() == before
