@@ -89,7 +89,6 @@ def stage_run(args: argparse.Namespace) -> None:
         twin=twin,
     )
     print(f"{args.models / name} is ready: look at its {CARD}, then put it on the Hub with scripts/publish.py push")
-    args.names = []
     write_cards(args)
 
 
@@ -130,20 +129,20 @@ def push_all(args: argparse.Namespace) -> None:
         print(f"{repo_id}: {'; '.join(done) if done else 'up to date'}", flush=True)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0, or 130 after Ctrl-C. A user's mistake exits with status 2 and one line on stderr."""
+def build_parser() -> Parser:
+    """All commands and their options."""
     parser = Parser("publish.py", description=__doc__)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=Parser)
 
-    def command(name: str, do: Callable[[argparse.Namespace], None], text: str, names: bool = True) -> Any:
+    def command(name: str, do: Callable[[argparse.Namespace], None], text: str) -> Any:
         added = commands.add_parser(name, help=text, description=text)
-        if names:
-            added.add_argument("names", nargs="*", metavar="NAME", help="ARCHITECTURE.TAG (default: all)")
         added.add_argument("--models", type=Path, default=MODEL_CARDS, metavar="DIR", help="(default: model_cards/)")
-        added.set_defaults(do=do)
+        added.set_defaults(do=do, names=[])
         return added.add_argument
 
-    add = command("stage", stage_run, "make a model's folder from a training run", names=False)
+    names: dict[str, Any] = {"nargs": "*", "metavar": "NAME", "help": "ARCHITECTURE.TAG (default: all)"}
+
+    add = command("stage", stage_run, "make a model's folder from a training run")
     add("run", type=Path, metavar="RUN", help="folder of a finished run of scripts/train.py")
     add("--tag", required=True, metavar="TAG", help="what tells these weights from others, e.g. bsilu_cifar10")
     add("--dataset", required=True, metavar="NAME", help="cifar10, tin200, or a name of your own")
@@ -153,13 +152,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--note", action="append", default=[], metavar="TEXT", help="a sentence on the training for the card")
     add("--org", default=ORG, metavar="ORG", help="organisation or user that the card names (default: %(default)s)")
 
-    command("cards", write_cards, "write the cards again")
+    add = command("cards", write_cards, "write the cards again")
+    add("names", **names)
 
     add = command("push", push_all, "put models on the Hub")
+    add("names", **names)
     add("--org", default=ORG, metavar="ORG", help="organisation or user on the Hub (default: %(default)s)")
     add("--private", action="store_true", help="nobody else sees the repositories")
     add("--dry-run", action="store_true", help="only say what would change")
+    return parser
 
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0, or 130 after Ctrl-C. A user's mistake exits with status 2 and one line on stderr."""
+    parser = build_parser()
     args = parser.parse_args(argv)
     try:
         with explained(f"can't write to {args.models}"):
