@@ -19,6 +19,7 @@ from staging import make_folder, refresh, train
 from timm_sugar.cli import UserError
 from timm_sugar.hub import changes, check, check_token, push
 from timm_sugar.stage import FILES
+from timm_sugar.tags import describe
 from timm_sugar.version import __version__
 
 # huggingface_hub 2.4 uploads large files in a way that its own HTTP library finds old-fashioned.
@@ -119,6 +120,21 @@ def test_folder_is_refused_with_one_line(what: str, folder: Path) -> None:
     with pytest.raises(UserError, match=message) as caught:
         check(folder)
     assert "\n" not in str(caught.value)
+
+
+def test_model_of_the_project_is_refused_if_its_tag_says_something_else(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("timm_sugar.hub.MODEL_CARDS", folder.parent)
+    monkeypatch.setattr("timm_sugar.hub.TAGS_FILE", tmp_path / "tags.json")
+    tag = describe(json.loads((folder / "config.json").read_text()), folder / "model.safetensors")
+    (tmp_path / "tags.json").write_text(json.dumps({NAME: tag}))
+    check(folder)
+    tag["pretrained_cfg"]["mean"] = [0.0, 0.0, 0.0]
+    for tags in ({NAME: tag}, {}):
+        (tmp_path / "tags.json").write_text(json.dumps(tags))
+        with pytest.raises(UserError, match="disagrees with"):
+            check(folder)
 
 
 # ---- the token

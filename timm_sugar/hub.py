@@ -19,7 +19,7 @@ from huggingface_hub.hf_api import RepoFile
 from timm_sugar.card import CARD, CONFIG, card
 from timm_sugar.cli import UserError, explained
 from timm_sugar.stage import FILES
-from timm_sugar.tags import WEIGHTS
+from timm_sugar.tags import MODEL_CARDS, TAGS_FILE, WEIGHTS, describe
 from timm_sugar.version import __version__
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".tar")
@@ -31,7 +31,7 @@ def check(folder: Path) -> None:
 
     Refused are: a missing or additional file, above all a pickle; weights that are not finite or not those of the
     registered model; a config that disagrees with the folder's name, its weights or the registered model, or names no
-    licence; a card that isn't what the other files make.
+    licence; a card that isn't what the other files make; a model of model_cards/ whose tag says something else.
     """
     there = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
     if pickles := [name for name in there if name.endswith(_PICKLES)]:
@@ -68,6 +68,10 @@ def check(folder: Path) -> None:
             raise ValueError("their outputs differ")
     if (folder / CARD).read_text() != card(folder):
         raise UserError(f"{folder / CARD} is out of date: run scripts/publish.py cards")
+    if folder.resolve().parent == MODEL_CARDS:  # the project's own
+        entry = json.loads(TAGS_FILE.read_text()).get(folder.name)
+        if entry != describe(config, folder / WEIGHTS):
+            raise UserError(f"{TAGS_FILE} disagrees with {folder}: run scripts/publish.py cards")
 
 
 @contextmanager
