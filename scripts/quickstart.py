@@ -22,6 +22,7 @@ import timm.models
 import timm.optim
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -165,8 +166,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"argument --surrogate: {args.surrogate!r} is none of {', '.join(timm_sugar.list_surrogates())}")
     try:
         run(args)
-    except OSError as error:
-        parser.error(f"can't write to {args.output}: {error.strerror or error}")
+    except (OSError, SafetensorError) as error:  # the latter if the disk is full
+        parser.error(f"can't write to {args.output}: {getattr(error, 'strerror', None) or error}")
     except KeyboardInterrupt:
         return 130
     return 0
