@@ -56,6 +56,15 @@ def test_folder_holds_the_trained_network_under_a_stock_name_where_there_is_one(
     assert loaded.pretrained_cfg["label_names"] == ["cat", "dog", "owl"]
 
 
+def test_network_whose_activations_do_not_show_yet_is_not_taken_for_one_with_gelu(runs: dict[str, Path]) -> None:
+    run = Run(runs["convnext_atto_sugar"])
+    for key in run.weights:
+        if key.endswith("gamma"):  # layer scale, which starts near 0
+            run.weights[key].zero_()
+    assert not any(isinstance(module, torch.nn.GELU) for module in run.deployed().modules())
+    assert any(isinstance(module, torch.nn.ReLU) for module in run.deployed().modules())
+
+
 def test_stock_folder_loads_where_this_package_was_never_imported(runs: dict[str, Path], tmp_path: Path) -> None:
     folder = make_folder(runs["convnext_atto_sugar"], tmp_path / "convnext_atto_sugar.x")
     code = f"""

@@ -5,6 +5,7 @@ A folder is exactly what its repository on the Hub holds; its name is the model'
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import os
@@ -28,6 +29,7 @@ from timm_sugar.card import CARD, CONFIG, RECIPE, RESULTS, card
 from timm_sugar.cli import UserError, explained
 from timm_sugar.models import ALIASES, SUFFIX
 from timm_sugar.runs import read_checkpoint, read_summary, write_atomically
+from timm_sugar.surgery import sugarize
 from timm_sugar.surrogate import get_surrogate, list_surrogates, resolve_parameters
 from timm_sugar.tags import WEIGHTS
 
@@ -102,7 +104,8 @@ class Run:
         for arguments in (plain, plain | {"act_layer": "relu"}):
             with suppress(TypeError, RuntimeError), torch.inference_mode():  # it may take no act_layer
                 stock: Any = self.build(ALIASES.get(base, base), arguments)
-                if torch.equal(stock(image), model(image)):
+                is_relu = set(sugarize(copy.deepcopy(stock)).values()) <= {"ReLU", "relu"}
+                if is_relu and torch.equal(stock(image), model(image)):
                     return stock
         return model
 
