@@ -66,7 +66,8 @@ def stage_run(args: argparse.Namespace) -> None:
     if not classes:
         raise UserError("the data set doesn't name its classes: stage with --data-dir and a folder of images")
     labels = [str(label) for label, _ in sorted(classes.items(), key=lambda item: item[1])]
-    again = f"python scripts/evaluate.py --model {name} --data-dir DATA --activations"
+    source = name if args.org == ORG else f"hf-hub:{args.org}/{name}"  # only the project's tags are registered
+    again = f"python scripts/evaluate.py --model {source} --data-dir DATA --activations"
     twin = None
     if args.twin:
         other = Run(args.twin)
@@ -107,11 +108,12 @@ def folders(args: argparse.Namespace) -> list[Path]:
 
 def write_cards(args: argparse.Namespace) -> None:
     """The `cards` command: every card, and timm_sugar/tags.json if the models are the project's own."""
-    tags = {}
-    for folder in folders(args):
+    named = folders(args)
+    for folder in named:
         write_atomically(folder / CARD, card(folder))
-        tags[folder.name] = describe(json.loads((folder / CONFIG).read_text()), folder / WEIGHTS)
     if args.models.resolve() == MODEL_CARDS and not args.names:
+        configs = {folder: json.loads((folder / CONFIG).read_text()) for folder in named}
+        tags = {folder.name: describe(config, folder / WEIGHTS) for folder, config in configs.items()}
         write_atomically(TAGS_FILE, json.dumps(tags, indent=2) + "\n")
 
 

@@ -57,7 +57,9 @@ def test_staged_folder_has_what_was_measured_of_run_and_twin(root: Path) -> None
             assert float(rows[row][key]) == pytest.approx(float(last[f"eval_{key}"]), abs=1e-4), (row, key)
     card = (folder / "README.md").read_text()
     assert "A note." in card
-    assert "hf-hub:me/" in card
+    assert 'create_model("hf-hub:me/' in card
+    assert f"evaluate.py --model hf-hub:me/{NAME} --data-dir" in card  # the name alone is not registered
+    assert "--config train_args.yaml" in card
 
 
 def test_evaluating_the_folder_gives_the_number_of_the_card_again(root: Path, tmp_path: Path) -> None:
