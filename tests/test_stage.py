@@ -18,6 +18,7 @@ from staging import MEASURED, SWIN, make_folder, train
 
 from timm_sugar.cli import UserError, yaml_options
 from timm_sugar.options import build_parser
+from timm_sugar.runs import read_checkpoint
 from timm_sugar.stage import FILES, Run, statistics
 
 STOCK = {
@@ -77,7 +78,7 @@ with torch.inference_mode():
     subprocess.run([sys.executable, "-c", code], check=True, timeout=300)
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     with torch.inference_mode():
-        assert torch.equal(torch.load(tmp_path / "output.pt"), model(torch.ones(1, 3, 32, 32)))
+        assert torch.equal(torch.load(tmp_path / "output.pt", weights_only=True), model(torch.ones(1, 3, 32, 32)))
 
 
 @pytest.mark.parametrize(("after", "stored"), [(90.0, "float16"), (89.951, "float16"), (89.94, "float32")])
@@ -121,7 +122,7 @@ def test_settings_are_kept_without_the_paths_of_the_machine(runs: dict[str, Path
 
 def test_moving_average_is_what_is_published(tmp_path: Path) -> None:
     run = train(tmp_path, "test_resnet_sugar", "--model-ema", "--model-ema-decay", "0.5")
-    state = torch.load(run / "last.pth.tar", weights_only=False)
+    state = read_checkpoint(run / "last.pth.tar", None)
     assert not torch.equal(state["state_dict"]["fc.weight"], state["state_dict_ema"]["fc.weight"])
     assert torch.equal(Run(run).weights["fc.weight"], state["state_dict_ema"]["fc.weight"])
 
@@ -129,7 +130,7 @@ def test_moving_average_is_what_is_published(tmp_path: Path) -> None:
 def test_last_epoch_is_what_is_published(runs: dict[str, Path], tmp_path: Path) -> None:
     run = shutil.copytree(runs["test_resnet_sugar"], tmp_path / "run")
     (run / "model_best.pth.tar").unlink()
-    last = torch.load(run / "last.pth.tar", weights_only=False)["state_dict"]
+    last = read_checkpoint(run / "last.pth.tar", None)["state_dict"]
     assert torch.equal(Run(run).weights["fc.weight"], last["fc.weight"])
 
 

@@ -25,7 +25,7 @@ from timm.models import (
 from torch import nn
 
 from timm_sugar.surgery import sugarize
-from timm_sugar.surrogate import get_surrogate, list_surrogates, resolve_parameters
+from timm_sugar.surrogate import parameter_names, resolve_parameters
 from timm_sugar.tags import SugarTag, load_tags
 
 SUFFIX = "_sugar"
@@ -69,7 +69,7 @@ def _create_entrypoint(name: str, base: str) -> Callable[..., nn.Module]:
         surrogate: str | None = None,
         **kwargs: Any,
     ) -> nn.Module:
-        known = {key for other in list_surrogates() for key in get_surrogate(other).parameters}
+        known = parameter_names()
         cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
         tag = None if cfg.source else SUGAR_TAGS.get(f"{name}.{cfg.tag}")
         if tag:  # build what the weights were trained as, except for what the caller asks for

@@ -13,7 +13,6 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from timm_sugar.cli import UserError, explained
 from timm_sugar.models import ALIASES, SUFFIX
 from timm_sugar.runs import read_checkpoint, read_summary, write_atomically
 from timm_sugar.surgery import sugarize
-from timm_sugar.surrogate import get_surrogate, list_surrogates, resolve_parameters
+from timm_sugar.surrogate import get_surrogate, parameter_names, resolve_parameters
 from timm_sugar.tags import WEIGHTS
 
 FROM_RUN = ("summary.csv", "train.log", "curves.png")
@@ -43,33 +42,28 @@ _COLUMNS = (
 )
 
 
-@dataclass
 class Run:
     """A finished training run: its settings, and the weights after its last epoch (their average, if it kept one).
 
     The last epoch, not the best one, which would be chosen by the images on which the model is then reported.
     """
 
-    folder: Path
-    settings: dict[str, Any] = field(default_factory=dict)
-    weights: dict[str, Tensor] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
         """Raises UserError if the folder holds no run, or one that isn't finished."""
-        with explained(f"{self.folder} is not a training run"):
-            self.settings = yaml.safe_load((self.folder / "args.yaml").read_text())
+        self.folder = folder
+        with explained(f"{folder} is not a training run"):
+            self.settings: dict[str, Any] = yaml.safe_load((folder / "args.yaml").read_text())
         epochs = self.settings["epochs"]
-        if (done := len(read_summary(self.folder, epochs))) < epochs:
-            raise UserError(
-                f"{self.folder}: {done} of {epochs} epochs are done; finish it with scripts/train.py --resume"
-            )
+        if (done := len(read_summary(folder, epochs))) < epochs:
+            raise UserError(f"{folder}: {done} of {epochs} epochs are done; finish it with scripts/train.py --resume")
         for name in FROM_RUN:
-            if not (self.folder / name).exists():
-                raise UserError(f"{self.folder} has no {name}: was it made by scripts/train.py?")
-        state = read_checkpoint(self.folder / "last.pth.tar", self.settings["model"])
+            if not (folder / name).exists():
+                raise UserError(f"{folder} has no {name}: was it made by scripts/train.py?")
+        state = read_checkpoint(folder / "last.pth.tar", self.settings["model"])
         self.settings["num_classes"] = state["args"].num_classes
         weights = clean_state_dict(state.get("state_dict_ema") or state["state_dict"])
-        self.weights = {key: value.contiguous() for key, value in weights.items()}  # safetensors takes no channels_last
+        # safetensors takes no channels_last
+        self.weights: dict[str, Tensor] = {key: value.contiguous() for key, value in weights.items()}
 
     def build(self, name: str, arguments: dict[str, Any]) -> nn.Module:
         """A model of these settings with these weights, in eval mode."""
@@ -99,7 +93,7 @@ class Run:
             model: Any = self.build(name, self.model_args)
         image = torch.randn(2, *resolve_data_config(self.settings, model=model)["input_size"])
         base = name.removesuffix(SUFFIX)
-        sugar = {"surrogate"} | {key for other in list_surrogates() for key in get_surrogate(other).parameters}
+        sugar = {"surrogate"} | parameter_names()
         plain = {key: value for key, value in self.settings["model_kwargs"].items() if key not in sugar}
         for arguments in (plain, plain | {"act_layer": "relu"}):
             with suppress(TypeError, RuntimeError), torch.inference_mode():  # it may take no act_layer

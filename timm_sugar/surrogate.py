@@ -48,6 +48,11 @@ def list_surrogates() -> list[str]:
     return sorted(_surrogates)
 
 
+def parameter_names() -> set[str]:
+    """Names of the parameters of all surrogates."""
+    return {key for surrogate in _surrogates.values() for key in surrogate.parameters}
+
+
 def get_surrogate(name: str) -> Surrogate:
     """The surrogate of that name. Raises ValueError, which lists the names, if there is none."""
     if not isinstance(name, str) or name not in _surrogates:
