@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from staging import MEASURED, SWIN, make_folder, train
 
 from timm_sugar.cli import UserError, yaml_options
@@ -118,6 +118,14 @@ def test_settings_are_kept_without_the_paths_of_the_machine(runs: dict[str, Path
     assert again["model_kwargs"] == {"surrogate": "nelu", "alpha": 0.05}
     differing = {key for key in once if again[key] != once[key]}
     assert differing == {"data_dir", "output", "experiment"}
+
+
+def test_file_that_training_started_from_is_kept_by_name(runs: dict[str, Path], tmp_path: Path) -> None:
+    weights = tmp_path / "start.safetensors"
+    save_file(Run(runs["test_resnet_sugar"]).weights, weights)
+    run = train(tmp_path, "test_resnet_sugar", "--pretrained", "--pretrained-path", str(weights))
+    folder = make_folder(run, tmp_path / "models" / "test_resnet_sugar.x")
+    assert yaml.safe_load((folder / "train_args.yaml").read_text())["pretrained_path"] == "start.safetensors"
 
 
 def test_moving_average_is_what_is_published(tmp_path: Path) -> None:

@@ -35,7 +35,8 @@ from timm_sugar.tags import WEIGHTS
 FROM_RUN = ("summary.csv", "train.log", "curves.png")
 FILES = (CARD, CONFIG, WEIGHTS, RECIPE, RESULTS, *FROM_RUN)
 HALF_COSTS_AT_MOST = 0.05  # points of top-1
-_OF_THE_MACHINE = ("data_dir", "output", "experiment", "device", "class_map", "initial_checkpoint", "pretrained_path")
+_OF_THE_MACHINE = ("data_dir", "output", "experiment", "device")
+_STARTED_FROM = ("class_map", "initial_checkpoint", "pretrained_path")  # files, of which the name is kept
 _COLUMNS = (
     *("weights", "top1", "top5", "loss", "dead_units", "sparsity", "images", "params", "macs"),
     *("device", "torch", "timm", "timm_sugar", "command"),
@@ -141,6 +142,7 @@ def stage(
             for name in FROM_RUN:
                 shutil.copyfile(run.folder / name, partial / name)
             recipe = {key: value for key, value in run.settings.items() if key not in _OF_THE_MACHINE}
+            recipe |= {key: Path(recipe[key]).name for key in _STARTED_FROM if recipe.get(key)}
             (partial / RECIPE).write_text(yaml.safe_dump(recipe))
             write_results(partial, rows + ([{"weights": "ReLU twin", **twin}] if twin else []))
             write_atomically(partial / CARD, card(partial))
