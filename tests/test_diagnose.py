@@ -1,15 +1,21 @@
-"""Counting dead units and zeros gives what the whole activations, collected and counted by hand, give."""
+"""What is counted while a model runs equals what its whole activations, collected and counted by hand, give."""
 
 from __future__ import annotations
+
+import warnings
+from typing import Any
 
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
+from scripting import load_script
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-import timm_sugar  # noqa: F401
-from timm_sugar.activation import SUGAR
+from timm_sugar import SUGAR, diagnose, models
 from timm_sugar.diagnose import watch
+from timm_sugar.surgery import is_activation
 
 
 def by_hand(model: nn.Module, batches: list[Tensor], dims: dict[str, int]) -> dict[str, tuple[float, float]]:
@@ -174,3 +180,205 @@ def test_nothing_seen_is_not_a_number() -> None:
         pass
     assert activations.dead != activations.dead
     assert activations.sparsity != activations.sparsity
+
+
+# ---- diagnose()
+
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+@pytest.fixture
+def pairs() -> Pairs:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(n, 3, 8, 8, generator=generator), torch.randint(0, 5, (n,), generator=generator))
+        for n in (4, 4, 1)
+    ]
+
+
+def in_two_passes(model: nn.Module, pairs: Pairs, dims: dict[str, int], tau: float) -> list[dict[str, Any]]:
+    """The rows of `diagnose` for the named activations, from all their inputs, outputs and gradients, in float64."""
+    modules = dict(model.named_modules())
+    seen: dict[str, dict[str, list[Tensor]]] = {name: {"x": [], "y": [], "grad": []} for name in dims}
+    for images, target in pairs:
+        passed: dict[str, tuple[Tensor, Tensor]] = {}
+        hooks = [
+            modules[n].register_forward_hook(lambda _, x, y, n=n, to=passed: to.update({n: (x[0], y)})) for n in dims
+        ]
+        loss = F.cross_entropy(model(images), target)
+        for hook in hooks:
+            hook.remove()
+        for name, (x, y) in passed.items():
+            seen[name]["x"].append(x.detach())
+            seen[name]["y"].append(y.detach())
+            seen[name]["grad"].append(torch.autograd.grad(loss, x, retain_graph=True)[0])
+    rows = []
+    for name, dim in dims.items():
+        x, y, grad = (torch.cat(seen[name][key]).movedim(dim, 0).flatten(1).double() for key in ("x", "y", "grad"))
+        scores = y.abs().mean(1) / y.abs().mean(1).mean()
+        rows.append(
+            {
+                "layer": name,
+                "units": len(y),
+                "dead": (y <= 0).all(1).double().mean().item(),
+                "dormant": (scores <= tau).double().mean().item(),
+                "zeros": (y == 0).double().mean().item(),
+                "gradient": (grad != 0).any(1).double().mean().item(),
+                "mean": x.mean().item(),
+                "spread": x.std(correction=0).item(),
+            }
+        )
+    return rows
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.5, 1.2])
+def test_all_numbers_equal_those_of_the_collected_activations(pairs: Pairs, tau: float) -> None:
+    model = convnet()
+    rows = diagnose(model, pairs, tau=tau).rows()
+    expected = in_two_passes(model, pairs, {"2": 1, "4": 1, "7": 1}, tau)
+    total = rows.pop()
+    for row, other in zip(rows, expected, strict=True):
+        assert row.pop("layer") == other.pop("layer")
+        assert row == pytest.approx(other, rel=1e-5, abs=1e-6)
+    assert total["layer"] == "total"
+    assert total["units"] == sum(row["units"] for row in expected) == 17
+    for key in ("dead", "dormant", "gradient"):
+        assert total[key] == pytest.approx(sum(row[key] * row["units"] for row in expected) / 17), key
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU(inplace=True), SUGAR()], ids=["relu", "inplace", "sugar"])
+def test_known_dead_units_get_a_gradient_under_sugar_only(activation: nn.Module) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), activation, nn.Linear(4, 2))
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+        model[0].bias.copy_(torch.tensor([0.0, -1000.0, -2.0, 5.0]))
+    x = torch.tensor([[1.0, 0.5, 0.25], [-1.0, 0.0, 0.0]])
+    (row, _) = diagnose(model, [(x, torch.tensor([0, 1]))]).rows()
+    assert row["dead"] == pytest.approx(2 / 4)  # -1000 and -2, as the sums are 1.75 and -1
+    assert row["dormant"] == pytest.approx(2 / 4)
+    assert row["zeros"] == pytest.approx(5 / 8)
+    assert row["gradient"] == pytest.approx(3 / 4 if isinstance(activation, SUGAR) else 2 / 4)  # -1000 underflows
+    assert row["mean"] == pytest.approx((4 * 0.75 + 2 * -997) / 8)
+
+
+def test_in_place_activations_give_the_same_numbers(pairs: Pairs) -> None:
+    def rows(inplace: bool) -> list[dict[str, Any]]:
+        model = convnet()
+        model[2], model[4] = nn.ReLU(inplace), nn.SiLU(inplace)
+        return diagnose(model, pairs).rows()
+
+    assert rows(True)[:-1] == rows(False)[:-1]
+
+
+def test_layers_that_are_computed_again_in_the_backward_pass_are_counted_once(pairs: Pairs) -> None:
+    class Checkpointed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(super().forward, x, use_reentrant=False)
+
+    plain = convnet()
+    assert str(diagnose(Checkpointed(*plain), pairs)) == str(diagnose(plain, pairs))
+
+
+def test_frozen_weights_let_the_gradient_through(pairs: Pairs) -> None:
+    model = convnet()
+    expected = diagnose(model, pairs)
+    assert str(diagnose(model.requires_grad_(False), pairs)) == str(expected)
+    assert expected.flow > 0
+
+
+def test_the_diagnosed_model_and_its_data_are_left_as_they_were(pairs: Pairs) -> None:
+    model = convnet().train()
+    model[1].eval()  # frozen statistics
+    model[0].bias.requires_grad_(False)
+    F.cross_entropy(model(pairs[0][0]), pairs[0][1]).backward()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    grads = [None if p.grad is None else p.grad.clone() for p in model.parameters()]
+    modes = [module.training for module in model.modules()]
+
+    def unchanged() -> bool:
+        now = [p.grad for p in model.parameters()]
+        same = all(a is b if b is None else torch.equal(a, b) for a, b in zip(now, grads, strict=True))
+        hooks = any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        state_is = all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+        return same and state_is and not hooks and modes == [module.training for module in model.modules()]
+
+    diagnose(model, pairs)
+    assert unchanged()
+    assert not any(images.requires_grad for images, _ in pairs)
+    with pytest.raises(RuntimeError):
+        diagnose(model, [(torch.randn(1, 7), torch.tensor([0]))])
+    assert unchanged()
+
+
+def test_without_a_criterion_batches_alone_are_enough(pairs: Pairs) -> None:
+    model = convnet()
+    alone = diagnose(model, [images for images, _ in pairs], criterion=None)
+    assert alone.flow != alone.flow
+    for row, full in zip(alone.rows(), diagnose(model, pairs).rows(), strict=True):
+        assert {**full, "gradient": None, "mean": str(full["mean"]), "spread": str(full["spread"])} == {
+            **row, "gradient": None, "mean": str(row["mean"]), "spread": str(row["spread"])
+        }  # fmt: skip
+
+
+def test_what_cannot_be_diagnosed_is_an_error(pairs: Pairs) -> None:
+    with pytest.raises(ValueError, match="loader is empty"):
+        diagnose(convnet(), [])
+    with pytest.raises(ValueError, match="no hidden activation"):
+        diagnose(nn.Sequential(nn.Flatten(), nn.Linear(192, 5)), pairs)
+    with pytest.raises(ValueError, match="no targets"):
+        diagnose(convnet(), [images for images, _ in pairs])
+    with pytest.raises(ValueError, match="tau"):
+        diagnose(convnet(), pairs, tau=-1)
+
+
+def test_table_shows_every_layer_and_the_total(pairs: Pairs) -> None:
+    lines = str(diagnose(convnet(), pairs)).splitlines()
+    assert [line.split()[0] for line in lines] == ["layer", "2", "4", "7", "total"]
+    assert lines[1].split()[1:3] == ["8", "37.50"]
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_memory_of_a_diagnosis_does_not_grow_with_the_data(pairs: Pairs) -> None:
+    def size(repeats: int) -> int:
+        layers = diagnose(convnet(), pairs * repeats).layers.values()
+        return sum(value.nbytes for layer in layers for value in vars(layer).values() if isinstance(value, Tensor))
+
+    assert size(1) == size(5)
+
+
+FAMILIES = load_script("acceptance").FAMILIES
+HEAVY = {"beit", "convmixer", "deepseek_vit", "gemma4_vit", "mobilenetv5", "naflexvit", "nasnet", "pnasnet"}
+HEAVY |= {"qwen3_vit", "rdnet", "vision_transformer_sam", "xception_aligned", "volo", "davit", "hiera"}
+HEAVY |= {"inception_resnet_v2"}
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - HEAVY))
+def test_every_family_of_timm_can_be_diagnosed(family: str) -> None:
+    """As SUGAR and as it is: all activation modules that ran are there, with all numbers."""
+    base = FAMILIES[family].split()[0]
+    for name in (base, base + models.SUFFIX):
+        if models.is_left_out(base) and name != base:
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the base models, about themselves
+            model: Any = timm.create_model(name, num_classes=2)
+        images = torch.randn(2, *model.pretrained_cfg["input_size"])
+        ran: list[str] = []
+        hooks = [
+            module.register_forward_hook(lambda m, x, y, key=key, ran=ran: ran.append(key))
+            for key, module in model.named_modules()
+            if is_activation(module)
+        ]
+        with torch.no_grad():
+            model.eval()(images)
+        for hook in hooks:
+            hook.remove()
+        if not ran:
+            continue
+        report = diagnose(model, [(images, torch.tensor([0, 1]))])
+        assert {key.partition("#")[0] for key in report.layers} == set(ran)
+        assert len(report.layers) == len(ran)
+        for row in report.rows()[:-1]:
+            for key in ("dead", "dormant", "zeros"):
+                assert 0 <= row[key] <= 1, (row, key)
+            assert row["spread"] >= 0, row

@@ -5,6 +5,7 @@ Importing this package registers a `<name>_sugar` model in timm for every timm a
 
 from timm_sugar import models
 from timm_sugar.activation import SUGAR, sugar
+from timm_sugar.diagnose import diagnose
 from timm_sugar.surgery import sugarize, to_relu
 from timm_sugar.surrogate import list_surrogates, register_surrogate
 from timm_sugar.version import __version__
@@ -12,6 +13,7 @@ from timm_sugar.version import __version__
 __all__ = [
     "SUGAR",
     "__version__",
+    "diagnose",
     "list_surrogates",
     "models",
     "register_surrogate",
