@@ -1,0 +1,122 @@
+#!/usr/bin/env python3
+"""What the hidden activations of a model do on labelled images: a table, a CSV and a picture, for one model or two.
+
+    python scripts/diagnose.py --data-dir DATA --checkpoint output/train/RUN
+    python scripts/diagnose.py --data-dir DATA --model resnet18_sugar.a1_in1k --images 1000
+    python scripts/diagnose.py --data-dir DATA --compare output/train/SUGAR output/train/RELU
+
+Per layer and in total: dead units (never above 0), dormant units (ReDo's score at most --tau), exact zeros, units that
+get a gradient, mean and spread of pre-activations. A unit is a channel of a feature map or a feature of a token. The
+CSV and the picture go to --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import io
+import itertools
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import timm_sugar
+from timm_sugar.cli import Parser, UserError, choose_device, explained
+from timm_sugar.diagnose import DORMANT, Activations
+from timm_sugar.loading import add_options, load_model, open_loader
+from timm_sugar.runs import write_atomically
+
+PANELS = {"dead": "dead units (%)", "zeros": "exact zeros (%)", "gradient": "units with a gradient (%)"}
+
+
+def build_parser() -> Parser:
+    """All options; those that name model and data are the ones of scripts/evaluate.py."""
+    parser = Parser("diagnose.py", description=__doc__)
+    add_options(parser)
+    add = parser.add_argument
+    add("--compare", nargs=2, metavar="PATH", help="two checkpoints or folders, instead of --model and --checkpoint")
+    add("--tau", type=float, default=DORMANT, metavar="X", help="0 or more (default: %(default)s)")
+    add("--images", type=int, metavar="N", help="at most so many, rounded up to whole batches (default: all)")
+    add("--output", type=Path, default=Path("output/diagnose"), metavar="DIR", help="(default: %(default)s)")
+    return parser
+
+
+def inspect(args: argparse.Namespace) -> Activations:
+    """Load the model that the options name and diagnose it; prints which it is, and the table."""
+    device = torch.device(choose_device(args.device))
+    model, source = load_model(args)
+    loader, config = open_loader(args, model, device)
+    count = len(loader) if not args.images else min(len(loader), -(-args.images // args.batch_size))
+    print(f"{args.model}: {source}, {config['input_size'][-1]} pixels, {device}", flush=True)
+    batches = tqdm(itertools.islice(loader, count), total=count, leave=False, disable=not sys.stderr.isatty())
+    with explained(f"can't diagnose {args.model}"):
+        report = timm_sugar.diagnose(model.to(device), batches, tau=args.tau)
+    print(report, flush=True)
+    return report
+
+
+def write_csv(reports: dict[str, Activations], path: Path) -> None:
+    """All rows of all models; shares as 0..1."""
+    text = io.StringIO()
+    rows = [{"model": name, **row} for name, report in reports.items() for row in report.rows()]
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
+    write_atomically(path, text.getvalue())
+
+
+def draw(reports: dict[str, Activations], path: Path) -> None:
+    """Shares by depth, one panel each, all models in each panel."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    for axes, (key, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+        for (name, report), marker in zip(reports.items(), "os", strict=False):
+            axes.plot([100 * row[key] for row in report.rows()[:-1]], f"-{marker}", markersize=4, label=name)
+        axes.set(title=title, xlabel="activation, by depth", ylim=(-3, 103))
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend()
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    write_atomically(path, picture.getvalue())
+
+
+def run(args: argparse.Namespace) -> None:
+    """Diagnose one model or two, and write what came out."""
+    if args.images is not None and args.images < 1:
+        raise UserError(f"--images must be at least 1, not {args.images}")
+    if args.compare and (args.model or args.checkpoint):
+        raise UserError("--compare names the models: leave out --model and --checkpoint")
+    reports = {}
+    for path in args.compare or [None]:
+        one = copy.copy(args)
+        if path:
+            one.checkpoint = path
+        report = inspect(one)
+        name = one.model if not one.checkpoint else Path(one.checkpoint).resolve().name
+        reports[name if name not in reports else str(path)] = report
+    with explained(f"can't write to {args.output}"):
+        args.output.mkdir(parents=True, exist_ok=True)
+        write_csv(reports, args.output / "activations.csv")
+        draw(reports, args.output / "activations.png")
+    print(f"\nnumbers  {args.output / 'activations.csv'}\npicture  {args.output / 'activations.png'}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0, or 130 after Ctrl-C. A user's mistake exits with status 2 and one line on stderr."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    try:
+        run(args)
+    except UserError as error:
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
