@@ -37,7 +37,7 @@ COLUMNS = (
     *("device", "torch", "timm", "timm_sugar", "command"),
 )
 DATA = {"cifar10": "CIFAR-10", "tin200": "Tiny-ImageNet-200", "in1k": "ImageNet-1k", "finetune": "your own"}
-OF_THE_MACHINE = ("data_dir", "output", "experiment", "device")
+OF_THE_MACHINE = ("data_dir", "output", "experiment", "device", "pretrained_path")
 HEAD = """\
 | recipe in `scripts/recipes/` | model, surrogate | data | epochs run here | top-1 (%) | dead units (%) | zeros (%) |
 |---|---|---|---|---|---|---|"""

@@ -78,10 +78,21 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     with explained(f"can't create model {args.model}"):
         kwargs = resolve_model_input_args(args.model, vars(args), **kwargs)
         model: Any = create_model(pretrained=args.pretrained, checkpoint_path=args.initial_checkpoint, **kwargs)
+        scale_head(model, args.head_init_scale, args.head_init_bias)
         if args.grad_checkpointing:
             model.set_grad_checkpointing(enable=True)
     args.num_classes = model.num_classes
     return model
+
+
+@torch.no_grad()
+def scale_head(model: Any, scale: float | None, bias: float | None) -> None:
+    """Scale the classifier's initial weights and biases, and set its biases, where these are asked for."""
+    if scale is not None:
+        for parameter in model.get_classifier().parameters():
+            parameter.mul_(scale)
+    if bias is not None:
+        model.get_classifier().bias.fill_(bias)
 
 
 def build_loaders(args: argparse.Namespace, data_config: dict[str, Any], device: torch.device) -> tuple[Any, Any]:

@@ -21,6 +21,7 @@ import yaml
 from scripting import SCRIPTS, TINY, error_line, load_script, make_images
 
 import timm_sugar
+from timm_sugar.options import parse_args
 from timm_sugar.runs import find_checkpoint, load_file, plot_curves
 
 train = load_script("train")
@@ -527,3 +528,15 @@ def test_curves_are_the_same_from_memory_and_from_the_summary(tmp_path: Path) ->
         plot_curves(tmp_path, drawn)
         pictures.append((tmp_path / "curves.png").read_bytes())
     assert pictures[0] == pictures[1]
+
+
+def test_the_new_classifier_can_start_small(data: Path, tmp_path: Path) -> None:
+    def head(*more: str) -> torch.nn.Linear:
+        args, _ = parse_args(options(data, tmp_path, *more))
+        return train.build_model(args).get_classifier()
+
+    plain, small = head(), head("--head-init-scale", "0.01", "--head-init-bias", "-2")
+    assert torch.equal(small.weight, plain.weight * 0.01)
+    assert plain.bias.abs().max() > 0
+    assert torch.equal(small.bias, torch.full_like(plain.bias, -2))
+    assert torch.equal(head("--head-init-scale", "0.5").bias, plain.bias * 0.5)

@@ -52,6 +52,8 @@ def build_parser(description: str = "") -> Parser:
     add("--pretrained", **flag, help="start from published weights")
     add("--pretrained-path", metavar="FILE", help="take this file for the published weights (needs --pretrained)")
     add("--initial-checkpoint", default="", metavar="FILE", help="start from this checkpoint, head included")
+    add("--head-init-scale", **real, help="multiply the initial weights of the classifier, e.g. 0.01 for fine-tuning")
+    add("--head-init-bias", **real, help="the initial biases of the classifier")
     add("--num-classes", **whole, help="outputs (default: those of the model)")
     add("--gp", metavar="POOL", help="global pooling")
     add("--img-size", **whole, help="image size in pixels (default: the model's)")
