@@ -2,6 +2,7 @@
 """Make the folder of a trained model, write its card, and put it on the Hugging Face Hub.
 
     python scripts/publish.py stage output/train/RUN --tag bsilu_cifar10 --dataset cifar10   # a run -> model_cards/
+    python scripts/publish.py twin resnet18_sugar.bsilu_cifar10 RUN      # compare with plain ReLU
     python scripts/publish.py cards                                      # write all cards and timm_sugar/tags.json
     python scripts/publish.py push --dry-run                             # what would change
     python scripts/publish.py push resnet18_sugar.bsilu_cifar10
@@ -35,7 +36,7 @@ from timm_sugar.cli import Parser, UserError, explained
 from timm_sugar.data import class_to_idx, open_dataset
 from timm_sugar.hub import changes, check, check_token, push
 from timm_sugar.runs import write_atomically
-from timm_sugar.stage import Run, stage
+from timm_sugar.stage import Run, add_twin, stage
 from timm_sugar.tags import MODEL_CARDS, ORG, TAGS_FILE, WEIGHTS, describe
 
 EVALUATE = Path(__file__).with_name("evaluate.py")
@@ -68,18 +69,6 @@ def stage_run(args: argparse.Namespace) -> None:
     labels = [str(label) for label, _ in sorted(classes.items(), key=lambda item: item[1])]
     source = name if args.org == ORG else f"hf-hub:{args.org}/{name}"  # only the project's tags are registered
     again = f"python scripts/evaluate.py --model {source} --data-dir DATA --activations"
-    twin = None
-    if args.twin:
-        other = Run(args.twin)
-        changed = sorted(
-            key
-            for key, value in run.settings.items()
-            if value != other.settings.get(key)
-            and key not in ("model", "model_kwargs", "experiment", "output", "device_modules")
-        )
-        if changed:
-            raise UserError(f"--twin {args.twin} was trained with another {changed[0]}")
-        twin = evaluate(data, "--checkpoint", str(args.twin / "last.pth.tar"))
     stage(
         run,
         args.models / name,
@@ -87,10 +76,17 @@ def stage_run(args: argparse.Namespace) -> None:
         labels=labels,
         about={"org": args.org, "dataset": args.dataset, "notes": args.note},
         measure=lambda folder: {**evaluate(data, "--checkpoint", str(folder)), "command": again},
-        twin=twin,
     )
     print(f"{args.models / name} is ready: look at its {CARD}, then put it on the Hub with scripts/publish.py push")
     write_cards(args)
+
+
+def measure_twin(args: argparse.Namespace) -> None:
+    """The `twin` command."""
+    (folder,) = folders(args)
+    run = Run(args.run)
+    data = args.data_dir or run.settings["data_dir"]
+    add_twin(folder, run, lambda: evaluate(data, "--checkpoint", str(args.run / "last.pth.tar")))
 
 
 def folders(args: argparse.Namespace) -> list[Path]:
@@ -149,10 +145,14 @@ def build_parser() -> Parser:
     add("--tag", required=True, metavar="TAG", help="what tells these weights from others, e.g. bsilu_cifar10")
     add("--dataset", required=True, metavar="NAME", help="cifar10, tin200, or a name of your own")
     add("--data-dir", metavar="DIR", help="data to evaluate on (default: that of the run)")
-    add("--twin", type=Path, metavar="RUN", help="the same run with the base model, for comparison")
     add("--license", default="apache-2.0", metavar="ID", help="of the weights (default: %(default)s)")
     add("--note", action="append", default=[], metavar="TEXT", help="a sentence on the training for the card")
     add("--org", default=ORG, metavar="ORG", help="organisation or user that the card names (default: %(default)s)")
+
+    add = command("twin", measure_twin, "add the numbers of the same run with the base model")
+    add("names", nargs=1, metavar="NAME", help="ARCHITECTURE.TAG")
+    add("run", type=Path, metavar="RUN", help="folder of the finished run of the base model")
+    add("--data-dir", metavar="DIR", help="data to evaluate on (default: that of the run)")
 
     add = command("cards", write_cards, "write the cards again")
     add("names", **names)

@@ -12,6 +12,7 @@ split, how many epochs it ran of those that the recipe asks for, and what it ran
 from __future__ import annotations
 
 import csv
+import json
 import os
 import platform
 import sys
@@ -24,10 +25,11 @@ import torch
 import yaml
 
 from timm_sugar import __version__
-from timm_sugar.card import SURROGATES
+from timm_sugar.card import CONFIG, SURROGATES, TWIN, read_results
 from timm_sugar.cli import Parser, UserError, choose_device, explained
 from timm_sugar.options import build_parser
 from timm_sugar.runs import read_summary
+from timm_sugar.tags import MODEL_CARDS, WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES, RESULTS, README = ROOT / "scripts" / "recipes", ROOT / "results" / "recipes.csv", ROOT / "README.md"
@@ -40,6 +42,10 @@ DATA = {"cifar10": "CIFAR-10", "tin200": "Tiny-ImageNet-200", "in1k": "ImageNet-
 OF_THE_MACHINE = ("data_dir", "output", "experiment", "device", "pretrained_path")
 HEAD = """\
 | recipe in `scripts/recipes/` | model, surrogate | data | epochs run here | top-1 (%) | dead units (%) | zeros (%) |
+|---|---|---|---|---|---|---|"""
+
+MODELS_HEAD = """\
+| weights | data | top-1 (%) | plain ReLU twin, top-1 (%) | dead units (%) | zeros (%) | MB |
 |---|---|---|---|---|---|---|"""
 
 
@@ -118,10 +124,27 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def with_table(readme: str, results: dict[str, dict[str, Any]]) -> str:
-    """README.md's text, what stands between its two marks replaced by the table."""
-    before, rest = readme.split("<!-- recipes -->\n")
-    return f"{before}<!-- recipes -->\n{table(results)}\n<!-- /recipes -->{rest.partition('<!-- /recipes -->')[2]}"
+def models_table(models: Path = MODEL_CARDS) -> str:
+    """The table of the weights in model_cards/, in Markdown."""
+    lines = [MODELS_HEAD]
+    for folder in sorted(path.parent for path in models.glob(f"*/{CONFIG}")):
+        (own, *others), config = read_results(folder), json.loads((folder / CONFIG).read_text())
+        twin = next((f"{float(row['top1']):.2f}" for row in others if row["weights"] == TWIN), "not run")
+        data = f"{DATA[config['sugar']['dataset']]}, {config['pretrained_cfg']['input_size'][-1]} px"
+        top1 = f"{float(own['top1']):.2f}"
+        shares = [f"{100 * float(own[key]):.2f}" for key in ("dead_units", "sparsity")]
+        size = f"{(folder / WEIGHTS).stat().st_size / 1e6:.1f}"
+        link = f"[`{folder.name}`](model_cards/{folder.name}/README.md)"
+        lines.append(f"| {' | '.join([link, data, top1, twin, *shares, size])} |")
+    return "\n".join(lines) if len(lines) > 1 else "None yet."
+
+
+def with_tables(readme: str, results: dict[str, dict[str, Any]]) -> str:
+    """README.md's text, what stands between each pair of marks replaced by its table."""
+    for mark, text in (("recipes", table(results)), ("models", models_table())):
+        before, rest = readme.split(f"<!-- {mark} -->\n")
+        readme = f"{before}<!-- {mark} -->\n{text}\n<!-- /{mark} -->{rest.partition(f'<!-- /{mark} -->')[2]}"
+    return readme
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(str(error))
     if args.runs:
         write_results(RESULTS, results)
-    README.write_text(with_table(README.read_text(), results))
+    README.write_text(with_tables(README.read_text(), results))
     return 0
 
 

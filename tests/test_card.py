@@ -11,13 +11,16 @@ from staging import MEASURED, VERSIONS, make_folder, train
 
 from timm_sugar.card import DATASETS, card, read_results
 from timm_sugar.cli import UserError
+from timm_sugar.stage import Run, add_twin
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("card")
     twin = {**MEASURED, **VERSIONS, "top1": 81.23456}
-    return make_folder(train(root, "test_resnet_sugar"), root / "models/test_resnet_sugar.bsilu_x", twin=twin)
+    folder = make_folder(train(root, "test_resnet_sugar"), root / "models/test_resnet_sugar.bsilu_x")
+    add_twin(folder, Run(train(root, "test_resnet", "--model-kwargs")), lambda: twin)
+    return folder
 
 
 def test_card_is_what_its_folder_makes_every_time(folder: Path) -> None:

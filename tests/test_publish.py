@@ -29,7 +29,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run, twin = train(root, "test_resnet_sugar"), train(root, "test_resnet", "--model-kwargs")
     train(root, "resnet10t", "--lr", "0.2")
     argv = ["stage", str(run), "--tag", "bsilu_x", "--dataset", "toys", "--models", str(root / "models"), "--org", "me"]
-    assert publish.main([*argv, "--twin", str(twin), "--note", "A note."]) == 0
+    assert publish.main([*argv, "--note", "A note."]) == 0
+    for _ in range(2):  # the second time replaces the first
+        assert publish.main(["twin", NAME, str(twin), "--models", str(root / "models")]) == 0
     return root
 
 
@@ -49,7 +51,9 @@ def test_staged_folder_has_what_was_measured_of_run_and_twin(root: Path) -> None
     folder = root / "models" / NAME
     assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
     with open(folder / "results.csv") as file:
-        rows = {row["weights"]: row for row in csv.DictReader(file)}
+        table = list(csv.DictReader(file))
+    rows = {row["weights"]: row for row in table}
+    assert [row["weights"] for row in table] == ["float16", "float32", "ReLU twin"]
     for row, run in (("float32", "test_resnet_sugar"), ("ReLU twin", "test_resnet")):
         with open(root / run / "summary.csv") as file:
             last = list(csv.DictReader(file))[-1]
@@ -105,10 +109,9 @@ def test_push_without_a_token_that_may_write_is_one_line(
         ("cards --models {root}/none", "no models in"),
         ("stage {root}/none --tag x --dataset d --models {root}/new", "is not a training run"),
         ("stage {root}/test_resnet_sugar --tag bsilu_x --dataset d --models {root}/models", "exists"),
-        (
-            "stage {root}/test_resnet_sugar --tag x --dataset d --models {root}/new --twin {root}/resnet10t",
-            "was trained with another lr",
-        ),
+        (f"twin {NAME} {{root}}/resnet10t --models {{root}}/models", "was trained with another lr"),
+        (f"twin {NAME} {{root}}/none --models {{root}}/models", "is not a training run"),
+        ("twin resnet18_sugar.x {root}/resnet10t --models {root}/models", "no model resnet18_sugar.x"),
         (
             "stage {root}/test_resnet_sugar --tag x --dataset d --models {root}/new --data-dir {root}/none",
             "does not exist",

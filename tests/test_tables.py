@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 from scripting import load_script
+from staging import MEASURED, VERSIONS, make_folder, train
+
+from timm_sugar.stage import Run, add_twin
 
 tables = load_script("tables")
 
@@ -29,16 +32,17 @@ def run(tmp_path: Path) -> Path:
 
 def test_readme_shows_the_committed_results() -> None:
     text = tables.README.read_text()
-    assert tables.with_table(text, tables.load_results()) == text
+    assert tables.with_tables(text, tables.load_results()) == text
 
 
 def test_a_row_has_the_last_epoch_and_the_command_that_repeats_it(run: Path) -> None:
     row = tables.summarize(run, run.name)
-    assert (row["epochs"], row["recipe_epochs"], row["seed"]) == (2, 24, 7)
+    whole = tables.load_recipe(run.name)["epochs"]
+    assert (row["epochs"], row["recipe_epochs"], row["seed"]) == (2, whole, 7)
     assert (row["top1"], row["top5"], row["dead_units"], row["sparsity"]) == ("61.23", "95.68", "0.1250", "0.5000")
     changes = "--epochs=2 --amp --batch-size=64 --model-kwargs surrogate=elu --seed=7 --data-dir DATA"
     assert row["command"].endswith(f"resnet18_cifar10.yaml {changes}")
-    assert "| 2 of 24 | 61.23 | 12.50 | 50.00 |" in tables.table({"resnet18_cifar10": row})
+    assert f"| 2 of {whole} | 61.23 | 12.50 | 50.00 |" in tables.table({"resnet18_cifar10": row})
 
 
 def test_an_unfinished_run_and_a_folder_of_another_name_are_refused(
@@ -53,6 +57,21 @@ def test_an_unfinished_run_and_a_folder_of_another_name_are_refused(
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
     assert not tables.RESULTS.exists()
+
+
+def test_models_stand_in_a_table_with_the_numbers_of_their_cards(tmp_path: Path) -> None:
+    assert tables.models_table(tmp_path) == "None yet."
+    folder = make_folder(train(tmp_path, "test_resnet_sugar"), tmp_path / "models" / "test_resnet_sugar.x")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"toys"', '"cifar10"'))
+    size = (folder / "model.safetensors").stat().st_size / 1e6
+    link = f"[`{folder.name}`](model_cards/{folder.name}/README.md)"
+    row = f"| {link} | CIFAR-10, 32 px | 90.00 | not run | 1.00 | 50.00 | {size:.1f} |"
+    assert tables.models_table(tmp_path / "models").splitlines()[2:] == [row]
+    add_twin(
+        folder, Run(train(tmp_path, "test_resnet", "--model-kwargs")), lambda: {**MEASURED, "top1": 12.3} | VERSIONS
+    )
+    assert "| 90.00 | 12.30 | 1.00 |" in tables.models_table(tmp_path / "models")
 
 
 def test_runs_that_chose_settings_stand_apart(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from timm_sugar.cli import explained
 from timm_sugar.tags import ORG, WEIGHTS
 
 CARD, CONFIG, RECIPE, RESULTS = "README.md", "config.json", "train_args.yaml", "results.csv"
+TWIN = "ReLU twin"  # the row of results of the plain network
 TEMPLATE = Path(__file__).with_name("card.md")
 SURROGATES = {"bsilu": "B-SiLU", "nelu": "NeLU", "elu": "ELU", "selu": "SELU", "gelu": "GELU", "silu": "SiLU"}
 
@@ -114,7 +115,7 @@ def _render(name: str, config: dict[str, Any], recipe: dict[str, Any], rows: lis
         classes=config["num_classes"],
         rows=rows,
         own=own,
-        twin=next((row for row in rows if row["weights"] == "ReLU twin"), None),
+        twin=next((row for row in rows if row["weights"] == TWIN), None),
         megabytes=f"{size / 1e6:.1f}",
         recipe=recipe,
         notes=sugar.get("notes", []),

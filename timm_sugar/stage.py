@@ -24,7 +24,7 @@ from timm.models import clean_state_dict, create_model, resolve_model_input_args
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_sugar.card import CARD, CONFIG, RECIPE, RESULTS, card
+from timm_sugar.card import CARD, CONFIG, RECIPE, RESULTS, TWIN, card, read_results
 from timm_sugar.cli import UserError, explained
 from timm_sugar.models import ALIASES, SUFFIX
 from timm_sugar.runs import read_checkpoint, read_summary, write_atomically
@@ -113,14 +113,12 @@ def stage(
     labels: list[str],
     about: dict[str, Any],
     measure: Callable[[Path], dict[str, Any]],
-    twin: dict[str, Any] | None = None,
 ) -> None:
     """Make a model's folder from a run; whole or not at all.
 
     `measure(folder)` evaluates a folder and returns a row of results: weights are stored as float16 if that costs at
-    most HALF_COSTS_AT_MOST, else as float32. `twin` is such a row for the plain ReLU network; `about` has `dataset`,
-    `org` and `notes` of the card, `labels` the names of the classes in order. Raises UserError for a run that
-    can't be staged or a folder that exists.
+    most HALF_COSTS_AT_MOST, else as float32. `about` has `dataset`, `org` and `notes` of the card, `labels` the names
+    of the classes in order. Raises UserError for a run that can't be staged or a folder that exists.
     """
     if folder.exists():
         raise UserError(f"{folder} exists: remove it first, or choose another --tag")
@@ -144,9 +142,26 @@ def stage(
             recipe = {key: value for key, value in run.settings.items() if key not in _OF_THE_MACHINE}
             recipe |= {key: Path(recipe[key]).name for key in _STARTED_FROM if recipe.get(key)}
             (partial / RECIPE).write_text(yaml.safe_dump(recipe))
-            write_results(partial, rows + ([{"weights": "ReLU twin", **twin}] if twin else []))
+            write_results(partial, rows)
             write_atomically(partial / CARD, card(partial))
             os.replace(partial, folder)
+
+
+def add_twin(folder: Path, run: Run, measure: Callable[[], dict[str, Any]]) -> None:
+    """Add what the plain ReLU network measures, trained with the recipe and seed of the folder's weights, and its card.
+
+    `measure()` evaluates that run and returns a row of results. Raises UserError, with nothing changed, if the run
+    differs from the folder's in more than the model.
+    """
+    with explained(f"can't read {folder / RECIPE}"):
+        recipe = yaml.safe_load((folder / RECIPE).read_text())
+    for key in sorted(recipe.keys() - {"model", "model_kwargs", "device_modules"}):
+        other = run.settings.get(key)
+        if recipe[key] != (Path(other).name if other and key in _STARTED_FROM else other):
+            raise UserError(f"{run.folder} was trained with another {key} than {folder.name}")
+    rows: list[dict[str, Any]] = [row for row in read_results(folder) if row["weights"] != TWIN]
+    write_results(folder, [*rows, {"weights": TWIN, **measure()}])
+    write_atomically(folder / CARD, card(folder))
 
 
 def _save(model: nn.Module, run: Run, folder: Path, licence: str, labels: list[str], about: dict[str, Any]) -> None:
