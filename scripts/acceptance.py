@@ -44,6 +44,7 @@ FAMILIES = {
     "byobnet": "test_byobnet",
     "cait": "cait_xxs24_224",
     "coat": "coat_lite_tiny",
+    "conv2next": "conv2next_tiny",
     "convit": "convit_tiny",
     "convmixer": "convmixer_768_32",
     "convnext": "convnext_atto test_convnext2",

@@ -24,6 +24,7 @@ from timm.models import (
 )
 from torch import nn
 
+from timm_sugar import conv2next  # noqa: F401  registers what timm lacks
 from timm_sugar.surgery import sugarize
 from timm_sugar.surrogate import parameter_names, resolve_parameters
 from timm_sugar.tags import SugarTag, load_tags
