@@ -13,7 +13,6 @@ CSV and the picture go to --output.
 from __future__ import annotations
 
 import argparse
-import copy
 import csv
 import io
 import itertools
@@ -21,14 +20,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import timm_sugar
-from timm_sugar.cli import Parser, UserError, choose_device, explained
+from timm_sugar.cli import Parser, UserError, explained
 from timm_sugar.diagnose import DORMANT, Activations
-from timm_sugar.loading import add_options, load_model, open_loader
+from timm_sugar.loading import add_compare, add_options, each_model
 from timm_sugar.runs import write_atomically
 
 PANELS = {"dead": "dead units (%)", "zeros": "exact zeros (%)", "gradient": "units with a gradient (%)"}
@@ -38,26 +36,12 @@ def build_parser() -> Parser:
     """All options; those that name model and data are the ones of scripts/evaluate.py."""
     parser = Parser("diagnose.py", description=__doc__)
     add_options(parser)
+    add_compare(parser)
     add = parser.add_argument
-    add("--compare", nargs=2, metavar="PATH", help="two checkpoints or folders, instead of --model and --checkpoint")
     add("--tau", type=float, default=DORMANT, metavar="X", help="0 or more (default: %(default)s)")
     add("--images", type=int, metavar="N", help="at most so many, rounded up to whole batches (default: all)")
     add("--output", type=Path, default=Path("output/diagnose"), metavar="DIR", help="(default: %(default)s)")
     return parser
-
-
-def inspect(args: argparse.Namespace) -> Activations:
-    """Load the model that the options name and diagnose it; prints which it is, and the table."""
-    device = torch.device(choose_device(args.device))
-    model, source = load_model(args)
-    loader, config = open_loader(args, model, device)
-    count = len(loader) if not args.images else min(len(loader), -(-args.images // args.batch_size))
-    print(f"{args.model}: {source}, {config['input_size'][-1]} pixels, {device}", flush=True)
-    batches = tqdm(itertools.islice(loader, count), total=count, leave=False, disable=not sys.stderr.isatty())
-    with explained(f"can't diagnose {args.model}"):
-        report = timm_sugar.diagnose(model.to(device), batches, tau=args.tau)
-    print(report, flush=True)
-    return report
 
 
 def write_csv(reports: dict[str, Activations], path: Path) -> None:
@@ -88,16 +72,13 @@ def run(args: argparse.Namespace) -> None:
     """Diagnose one model or two, and write what came out."""
     if args.images is not None and args.images < 1:
         raise UserError(f"--images must be at least 1, not {args.images}")
-    if args.compare and (args.model or args.checkpoint):
-        raise UserError("--compare names the models: leave out --model and --checkpoint")
     reports = {}
-    for path in args.compare or [None]:
-        one = copy.copy(args)
-        if path:
-            one.checkpoint = path
-        report = inspect(one)
-        name = one.model if not one.checkpoint else Path(one.checkpoint).resolve().name
-        reports[name if name not in reports else str(path)] = report
+    for name, model, loader in each_model(args):
+        count = len(loader) if not args.images else min(len(loader), -(-args.images // args.batch_size))
+        batches = tqdm(itertools.islice(loader, count), total=count, leave=False, disable=not sys.stderr.isatty())
+        with explained(f"can't diagnose {name}"):
+            reports[name] = timm_sugar.diagnose(model, batches, tau=args.tau)
+        print(reports[name], flush=True)
     with explained(f"can't write to {args.output}"):
         args.output.mkdir(parents=True, exist_ok=True)
         write_csv(reports, args.output / "activations.csv")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from timm.data import create_loader, resolve_data_config
 from timm.models import clean_state_dict, create_model, resolve_model_input_args
 from torch import nn
 
-from timm_sugar.cli import KeyValues, UserError, explained
+from timm_sugar.cli import KeyValues, UserError, choose_device, explained
 from timm_sugar.data import check_classes, open_dataset
 from timm_sugar.runs import load_file
 
@@ -60,6 +62,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("-b", "--batch-size", type=int, default=256, metavar="N", help="(default: %(default)s)")
     add("-j", "--workers", type=int, default=4, metavar="N", help="loader processes (default: %(default)s)")
     add("--device", metavar="NAME", help="(default: the first of cuda, mps, cpu)")
+
+
+def add_compare(parser: argparse.ArgumentParser) -> None:
+    """The option that names two models at once, for `each_model`."""
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar="PATH",
+        help="two checkpoints or folders, instead of --model and --checkpoint",
+    )
 
 
 def find_file(path: Path) -> Path:
@@ -134,3 +146,24 @@ def open_loader(args: argparse.Namespace, model: Any, device: torch.device) -> t
     preprocessing = {name: config[name] for name in names}
     workers = {"batch_size": args.batch_size, "num_workers": args.workers}
     return create_loader(dataset, device=device, **workers, **preprocessing), config
+
+
+def each_model(args: argparse.Namespace) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Name, model on its device, and loader for each model that the options name; prints which it is.
+
+    Raises UserError as `load_model` and `open_loader` do, and if --compare stands beside --model or --checkpoint.
+    """
+    if args.compare and (args.model or args.checkpoint):
+        raise UserError("--compare names the models: leave out --model and --checkpoint")
+    device = torch.device(choose_device(args.device))
+    names: set[str] = set()
+    for path in args.compare or [args.checkpoint]:
+        one = copy.copy(args)
+        one.checkpoint = path
+        model, source = load_model(one)
+        loader, config = open_loader(one, model, device)
+        print(f"{one.model}: {source}, {config['input_size'][-1]} pixels, {device}", flush=True)
+        name = Path(path).resolve().name if path else one.model
+        name = str(path) if name in names else name
+        names.add(name)
+        yield name, model.to(device), loader
