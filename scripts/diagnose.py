@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import csv
 import io
-import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -36,10 +35,9 @@ def build_parser() -> Parser:
     """All options; those that name model and data are the ones of scripts/evaluate.py."""
     parser = Parser("diagnose.py", description=__doc__)
     add_options(parser)
-    add_compare(parser)
+    add_compare(parser, images=None)
     add = parser.add_argument
     add("--tau", type=float, default=DORMANT, metavar="X", help="0 or more (default: %(default)s)")
-    add("--images", type=int, metavar="N", help="at most so many, rounded up to whole batches (default: all)")
     add("--output", type=Path, default=Path("output/diagnose"), metavar="DIR", help="(default: %(default)s)")
     return parser
 
@@ -70,12 +68,9 @@ def draw(reports: dict[str, Activations], path: Path) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Diagnose one model or two, and write what came out."""
-    if args.images is not None and args.images < 1:
-        raise UserError(f"--images must be at least 1, not {args.images}")
     reports = {}
     for name, model, loader in each_model(args):
-        count = len(loader) if not args.images else min(len(loader), -(-args.images // args.batch_size))
-        batches = tqdm(itertools.islice(loader, count), total=count, leave=False, disable=not sys.stderr.isatty())
+        batches = tqdm(loader, leave=False, disable=not sys.stderr.isatty())
         with explained(f"can't diagnose {name}"):
             reports[name] = timm_sugar.diagnose(model, batches, tau=args.tau)
         print(reports[name], flush=True)

@@ -4,7 +4,7 @@
     python scripts/landscape.py --data-dir DATA --checkpoint output/train/RUN
     python scripts/landscape.py --data-dir DATA --compare output/train/SUGAR output/train/RELU --images 512
 
-Each point of the grid is the mean cross-entropy of the first --images images (Li et al. 2018, arXiv 1712.09913; batch
+Each point of the grid is the mean cross-entropy of --images images (Li et al. 2018, arXiv 1712.09913; batch
 normalisation keeps its statistics). Numbers as CSV and a picture go to --output.
 """
 
@@ -33,11 +33,10 @@ def build_parser() -> Parser:
     """All options; those that name model and data are the ones of scripts/evaluate.py."""
     parser = Parser("landscape.py", description=__doc__)
     add_options(parser)
-    add_compare(parser)
+    add_compare(parser, images=512)
     add = parser.add_argument
     add("--points", type=int, default=21, metavar="N", help="of the grid, to a side (default: %(default)s)")
     add("--span", type=float, default=1.0, metavar="X", help="from -X to X, 1 being the weights' length (default: 1)")
-    add("--images", type=int, default=512, metavar="N", help="rounded up to whole batches (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of the directions (default: %(default)s)")
     add("--output", type=Path, default=Path("output/landscape"), metavar="DIR", help="(default: %(default)s)")
     return parser
@@ -74,14 +73,12 @@ def run(args: argparse.Namespace) -> None:
     """Compute the landscape of one model or two, and write what came out."""
     if args.points < 3 or args.points % 2 == 0:
         raise UserError(f"--points must be odd and at least 3, so that the weights are one of them, not {args.points}")
-    if args.images < 1:
-        raise UserError(f"--images must be at least 1, not {args.images}")
     if not args.span > 0:
         raise UserError(f"--span must be positive, not {args.span:g}")
     steps = [float(x) for x in np.linspace(-args.span, args.span, args.points)]
     losses = {}
     for name, model, loader in each_model(args):
-        batches = list(itertools.islice(loader, -(-args.images // args.batch_size)))
+        batches = list(loader)
         with tqdm(total=args.points**2, unit="point", leave=False, disable=not sys.stderr.isatty()) as bar:
             losses[name] = landscape(model, batches, steps, seed=args.seed, progress=lambda n: bar.update(n - bar.n))
         grid = losses[name]

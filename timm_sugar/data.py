@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,33 @@ def _check_folder(root: str | None, split: str) -> None:
             raise DataError(f"data folder {root} has no split {split!r} (it has: {', '.join(others)})")
     if path.is_dir() and not any(split_folder(path, split).rglob("*.*")):
         raise DataError(f"data folder {split_folder(path, split)} is empty")
+
+
+class RandomPart(Dataset):
+    """`count` examples of a data set (or all, if it has fewer), drawn with the seed, in their order.
+
+    A loader may set `transform`, which is that of the data set. Raises DataError for a data set that is a stream.
+    """
+
+    def __init__(self, dataset: Any, count: int, seed: int = 0) -> None:
+        if not hasattr(dataset, "__getitem__"):
+            raise DataError("this data set is a stream, of which no random part can be taken: use all of it")
+        self.dataset = dataset
+        self.indices = sorted(random.Random(seed).sample(range(len(dataset)), min(count, len(dataset))))
+
+    @property
+    def transform(self) -> Any:
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self.dataset.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[self.indices[index]]
 
 
 class _CheckedImages(Dataset):

@@ -16,7 +16,7 @@ from timm.models import clean_state_dict, create_model, resolve_model_input_args
 from torch import nn
 
 from timm_sugar.cli import KeyValues, UserError, choose_device, explained
-from timm_sugar.data import check_classes, open_dataset
+from timm_sugar.data import RandomPart, check_classes, open_dataset
 from timm_sugar.runs import load_file
 
 # What a training run says about its model and data, and its user needs to know.
@@ -64,14 +64,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--device", metavar="NAME", help="(default: the first of cuda, mps, cpu)")
 
 
-def add_compare(parser: argparse.ArgumentParser) -> None:
-    """The option that names two models at once, for `each_model`."""
+def add_compare(parser: argparse.ArgumentParser, images: int | None) -> None:
+    """The options that name two models at once, and how many images, for `each_model`."""
     parser.add_argument(
         "--compare",
         nargs=2,
         metavar="PATH",
         help="two checkpoints or folders, instead of --model and --checkpoint",
     )
+    default = f"default: {images}" if images else "default: all"
+    parser.add_argument("--images", type=int, default=images, metavar="N", help=f"a random part ({default})")
 
 
 def find_file(path: Path) -> Path:
@@ -127,8 +129,13 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, str]:
     return model, source
 
 
-def open_loader(args: argparse.Namespace, model: Any, device: torch.device) -> tuple[Any, dict[str, Any]]:
-    """A loader of the images, preprocessed as the model needs them, and that preprocessing. Raises DataError."""
+def open_loader(
+    args: argparse.Namespace, model: Any, device: torch.device, images: int | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """A loader of the images, preprocessed as the model needs them, and that preprocessing.
+
+    `images` asks for a random part of so many, always the same. Raises DataError.
+    """
     config = resolve_data_config(vars(args), model=model, use_test_size=not args.checkpoint)
     dataset: Any = open_dataset(
         args.dataset or "",
@@ -142,6 +149,8 @@ def open_loader(args: argparse.Namespace, model: Any, device: torch.device) -> t
         input_img_mode="RGB" if config["input_size"][0] == 3 else "L",
     )
     check_classes(dataset, dataset, model.num_classes)
+    if images:
+        dataset = RandomPart(dataset, images)
     names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     preprocessing = {name: config[name] for name in names}
     workers = {"batch_size": args.batch_size, "num_workers": args.workers}
@@ -151,8 +160,10 @@ def open_loader(args: argparse.Namespace, model: Any, device: torch.device) -> t
 def each_model(args: argparse.Namespace) -> Iterator[tuple[str, nn.Module, Any]]:
     """Name, model on its device, and loader for each model that the options name; prints which it is.
 
-    Raises UserError as `load_model` and `open_loader` do, and if --compare stands beside --model or --checkpoint.
+    Raises UserError as `load_model` and `open_loader` do, and for options that contradict each other.
     """
+    if args.images is not None and args.images < 1:
+        raise UserError(f"--images must be at least 1, not {args.images}")
     if args.compare and (args.model or args.checkpoint):
         raise UserError("--compare names the models: leave out --model and --checkpoint")
     device = torch.device(choose_device(args.device))
@@ -161,7 +172,7 @@ def each_model(args: argparse.Namespace) -> Iterator[tuple[str, nn.Module, Any]]
         one = copy.copy(args)
         one.checkpoint = path
         model, source = load_model(one)
-        loader, config = open_loader(one, model, device)
+        loader, config = open_loader(one, model, device, args.images)
         print(f"{one.model}: {source}, {config['input_size'][-1]} pixels, {device}", flush=True)
         name = Path(path).resolve().name if path else one.model
         name = str(path) if name in names else name

@@ -1,0 +1,41 @@
+"""A random part of the images is one of all classes, and always the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from scripting import make_images
+
+from timm_sugar.cli import Parser
+from timm_sugar.data import DataError, RandomPart
+from timm_sugar.loading import add_options, open_loader
+
+
+def test_part_is_drawn_from_all_classes_and_preprocessed_like_the_whole(tmp_path: Path) -> None:
+    parser = Parser("test")
+    add_options(parser)
+    data = str(make_images(tmp_path / "data", validation=10))
+    args = parser.parse_args(["--data-dir", data, "--img-size", "32", "-j", "0", "-b", "4"])
+    model = timm.create_model("test_resnet_sugar", num_classes=3)
+
+    def load(images: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        batches = list(open_loader(args, model, torch.device("cpu"), images)[0])
+        return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+
+    whole, targets = load(None)
+    part, its_targets = load(9)
+    assert (len(whole), len(part)) == (30, 9)
+    assert set(its_targets.tolist()) == {0, 1, 2}
+    positions = [next(i for i, image in enumerate(whole) if torch.equal(image, x)) for x in part]
+    assert positions == sorted(set(positions))
+    assert torch.equal(targets[positions], its_targets)
+    assert torch.equal(load(9)[0], part)
+    assert torch.equal(load(1000)[0], whole)
+
+
+def test_no_part_is_taken_of_a_stream() -> None:
+    with pytest.raises(DataError, match="stream"):
+        RandomPart(iter([1, 2]), 1)
