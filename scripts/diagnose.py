@@ -23,10 +23,10 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import timm_sugar
-from timm_sugar.cli import Parser, UserError, explained
+from timm_sugar.cli import Parser, explained
 from timm_sugar.diagnose import DORMANT, Activations
 from timm_sugar.loading import add_compare, add_options, each_model
-from timm_sugar.runs import write_atomically
+from timm_sugar.runs import save_figure, write_atomically
 
 PANELS = {"dead": "dead units (%)", "zeros": "exact zeros (%)", "gradient": "units with a gradient (%)"}
 
@@ -61,9 +61,7 @@ def draw(reports: dict[str, Activations], path: Path) -> None:
         axes.set(title=title, xlabel="activation, by depth", ylim=(-3, 103))
         axes.grid(alpha=0.3)
     figure.axes[0].legend()
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_atomically(path, picture.getvalue())
+    save_figure(figure, path)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -83,15 +81,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, or 130 after Ctrl-C. A user's mistake exits with status 2 and one line on stderr."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    try:
-        run(args)
-    except UserError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return build_parser().run(run, argv)
 
 
 if __name__ == "__main__":

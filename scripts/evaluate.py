@@ -73,8 +73,8 @@ def evaluate(model: nn.Module, loader: Any, args: argparse.Namespace, device: to
     return {**metrics, "images": evaluator.num_samples, "images_per_second": speed, **shares}
 
 
-def run(args: argparse.Namespace) -> dict[str, Any]:
-    """Evaluate as the options say; returns the row of results."""
+def run(args: argparse.Namespace) -> None:
+    """Evaluate as the options say; print the results, and write them where the options ask for it."""
     device = torch.device(choose_device(args.device))
     if args.results_file and not Path(args.results_file).parent.is_dir():
         raise UserError(f"--results-file {args.results_file}: no such folder")
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     shares: dict[str, Any] = {name: round(metrics[name], 6) for name in ("dead_units", "sparsity") if name in metrics}
     if shares:
         print(f"dead units {shares['dead_units']:.2%}, zeros {shares['sparsity']:.2%}")
-    return {
+    row = {
         "model": args.model,
         "top1": round(metrics["top1"], 4),
         "top1_err": round(100 - metrics["top1"], 4),
@@ -105,6 +105,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "images": metrics["images"],
         **shares,
     }
+    if args.results_file:
+        write_results(Path(args.results_file), row, args.results_format)
 
 
 def write_results(path: Path, row: dict[str, Any], form: str) -> None:
@@ -121,18 +123,8 @@ def write_results(path: Path, row: dict[str, Any], form: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Evaluate and print; returns 0. A user's mistake exits with status 2 and one line on stderr."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    try:
-        row = run(args)
-        if args.results_file:
-            write_results(Path(args.results_file), row, args.results_format)
-    except UserError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    """Returns 0, or 130 after Ctrl-C. A user's mistake exits with status 2 and one line on stderr."""
+    return build_parser().run(run, argv)
 
 
 if __name__ == "__main__":

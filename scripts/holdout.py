@@ -10,6 +10,7 @@ class, drawn with the seed, is its validation split. DATA stays as it is, and is
 
 from __future__ import annotations
 
+import argparse
 import random
 import shutil
 import sys
@@ -55,23 +56,23 @@ def link_splits(data: Path, out: Path, share: float, seed: int) -> dict[str, int
     return counts
 
 
+def run(args: argparse.Namespace) -> None:
+    """Check the options, write, and say what was written."""
+    if not 0 < args.share < 1:
+        raise UserError(f"--share must lie between 0 and 1, not {args.share:g}")
+    with explained(f"can't write {args.out}"):
+        counts = link_splits(args.data, args.out, args.share, args.seed)
+    print(f"{args.out}: {counts['train']} images to train on, {counts['validation']} held out")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0. A user's mistake exits with status 2 and one line on stderr, with nothing written."""
+    """Returns 0, or 130 after Ctrl-C. A user's mistake exits with status 2 and one line on stderr, nothing written."""
     parser = Parser("holdout.py", description=__doc__)
     parser.add_argument("data", type=Path, metavar="DATA", help="data folder with a training split")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument("--share", type=float, default=0.1, metavar="X", help="0..1 (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=42, metavar="N", help="(default: %(default)s)")
-    args = parser.parse_args(argv)
-    try:
-        if not 0 < args.share < 1:
-            raise UserError(f"--share must lie between 0 and 1, not {args.share:g}")
-        with explained(f"can't write {args.out}"):
-            counts = link_splits(args.data, args.out, args.share, args.seed)
-    except UserError as error:
-        parser.error(str(error))
-    print(f"{args.out}: {counts['train']} images to train on, {counts['validation']} held out")
-    return 0
+    return parser.run(run, argv)
 
 
 if __name__ == "__main__":

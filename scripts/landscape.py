@@ -26,7 +26,7 @@ from tqdm import tqdm
 from timm_sugar.cli import Parser, UserError, explained
 from timm_sugar.landscape import landscape
 from timm_sugar.loading import add_compare, add_options, each_model
-from timm_sugar.runs import write_atomically
+from timm_sugar.runs import save_figure, write_atomically
 
 
 def build_parser() -> Parser:
@@ -64,9 +64,7 @@ def draw(losses: dict[str, torch.Tensor], steps: list[float], path: Path) -> Non
         colours = axes.contourf(steps, steps, grid.clamp(levels[0], levels[-1]).numpy(), levels, norm="log")
         axes.set(title=name, aspect="equal", xlabel="second direction", ylabel="first direction")
     figure.colorbar(colours, ax=list(panels), label="cross-entropy", format="%.2g")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    write_atomically(path, picture.getvalue())
+    save_figure(figure, path)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -93,15 +91,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, or 130 after Ctrl-C. A user's mistake exits with status 2 and one line on stderr."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    try:
-        run(args)
-    except UserError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return build_parser().run(run, argv)
 
 
 if __name__ == "__main__":

@@ -165,18 +165,15 @@ def build_parser() -> Parser:
     return parser
 
 
+def run(args: argparse.Namespace) -> None:
+    """The command that was asked for."""
+    with explained(f"can't write to {args.models}"):
+        args.do(args)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, or 130 after Ctrl-C. A user's mistake exits with status 2 and one line on stderr."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    try:
-        with explained(f"can't write to {args.models}"):
-            args.do(args)
-    except UserError as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return build_parser().run(run, argv)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ split, how many epochs it ran of those that the recipe asks for, and what it ran
 
 from __future__ import annotations
 
+import argparse
 import csv
 import json
 import os
@@ -147,27 +148,27 @@ def with_tables(readme: str, results: dict[str, dict[str, Any]]) -> str:
     return readme
 
 
+def run(args: argparse.Namespace) -> None:
+    """Read all runs before the first file is written."""
+    if args.selection:
+        chosen = [summarize(folder, args.selection, "HOLDOUT") for folder in args.runs]
+        rows = load_results(SELECTION, "command") | {row["command"]: row for row in chosen}
+        write_results(SELECTION, rows)
+        return
+    results = load_results() | {folder.name: summarize(folder, folder.name) for folder in args.runs}
+    if args.runs:
+        write_results(RESULTS, results)
+    README.write_text(with_tables(README.read_text(), results))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0. A user's mistake exits with status 2 and one line on stderr, with nothing written."""
+    """Returns 0, or 130 after Ctrl-C. A user's mistake exits with status 2 and one line on stderr, nothing written."""
     parser = Parser("tables.py", description=__doc__)
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="folder of a finished run of a recipe")
     parser.add_argument(
         "--selection", metavar="RECIPE", help="the runs were made on held-out images, to choose settings"
     )
-    args = parser.parse_args(argv)
-    try:
-        if args.selection:
-            chosen = [summarize(run, args.selection, "HOLDOUT") for run in args.runs]
-            rows = load_results(SELECTION, "command") | {row["command"]: row for row in chosen}
-            write_results(SELECTION, rows)
-            return 0
-        results = load_results() | {run.name: summarize(run, run.name) for run in args.runs}
-    except UserError as error:
-        parser.error(str(error))
-    if args.runs:
-        write_results(RESULTS, results)
-    README.write_text(with_tables(README.read_text(), results))
-    return 0
+    return parser.run(run, argv)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import pickle
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
@@ -47,6 +47,20 @@ class Parser(argparse.ArgumentParser):
         """Print the message and exit; of an error from a loader process only the last line is the message."""
         last = (str(message).strip().splitlines() or [""])[-1]
         self.exit(2, f"{self.prog}: error: {last.removeprefix('timm_sugar.data.DataError: ')}\n")
+
+    def run(self, do: Callable[[argparse.Namespace], object], argv: Sequence[str] | None) -> int:
+        """Parse `argv` (None: the command line) and call `do(options)`; a UserError becomes an `error`.
+
+        Returns the exit status: 0, or 130 after Ctrl-C.
+        """
+        args = self.parse_args(argv)
+        try:
+            do(args)
+        except UserError as error:
+            self.error(str(error))
+        except KeyboardInterrupt:
+            return 130
+        return 0
 
 
 class KeyValues(ParseKwargs):

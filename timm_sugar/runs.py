@@ -7,11 +7,14 @@ import csv
 import io
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from timm_sugar.cli import UserError, explained
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _LAST, _PARTIAL = "last.pth.tar", "tmp.pth.tar"  # as timm's CheckpointSaver names them
 
@@ -78,6 +81,13 @@ def write_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
     write_atomically(folder / "summary.csv", text.getvalue())
 
 
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a picture as PNG, whole or not at all."""
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=100)
+    write_atomically(path, picture.getvalue())
+
+
 def plot_curves(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Loss, accuracy and activity over the epochs, as curves.png."""
     if not rows:
@@ -97,6 +107,4 @@ def plot_curves(folder: Path, rows: list[dict[str, Any]]) -> None:
                 axes.plot(*zip(*points, strict=True), ".-", label=key.removeprefix("eval_"))
                 axes.legend()
         axes.set(title=title, xlabel="epoch")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=100)
-    write_atomically(folder / "curves.png", picture.getvalue())
+    save_figure(figure, folder / "curves.png")
