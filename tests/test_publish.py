@@ -165,5 +165,8 @@ def test_every_block_of_a_card_runs(folder: Path | None, root: Path, hub: Loopba
         **{"timeout": 300, "check": False},
     )
     assert done.returncode == 0, done.stderr
-    labels = json.loads((folder / "config.json").read_text())["label_names"]
-    assert len(set(done.stdout.split()) & set(labels)) == 3
+    config = json.loads((folder / "config.json").read_text())
+    labels = (config.get("label_descriptions") or dict.fromkeys(config["label_names"])).items()
+    shown = re.findall(r"^[\d.]+% (.+)$", done.stdout, flags=re.MULTILINE)
+    assert len(shown) == 3
+    assert set(shown) <= {description or label for label, description in labels}

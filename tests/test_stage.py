@@ -14,12 +14,12 @@ import timm
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from staging import MEASURED, SWIN, make_folder, train
+from staging import MEASURED, SWIN, VERSIONS, make_folder, train
 
 from timm_sugar.cli import UserError, yaml_options
 from timm_sugar.options import build_parser
 from timm_sugar.runs import read_checkpoint
-from timm_sugar.stage import FILES, Run, statistics
+from timm_sugar.stage import FILES, Run, describe_labels, stage, statistics
 
 STOCK = {
     "test_resnet_sugar": ("test_resnet", None),
@@ -94,6 +94,22 @@ def test_weights_are_halved_only_if_that_costs_little(
     assert weights["fc.weight"].dtype == dtype
     rows = (folder / "results.csv").read_text().splitlines()
     assert rows[1].startswith(f"{stored},{after if stored == 'float16' else 90.0},")
+
+
+def test_wordnet_ids_are_described_and_other_labels_are_not(runs: dict[str, Path], tmp_path: Path) -> None:
+    run, about = Run(runs["test_resnet_sugar"]), {"org": "o", "dataset": "d", "notes": []}
+    folder, labels = tmp_path / "test_resnet_sugar.x", ["n01443537", "n02123394", "n07747607"]
+    measured = MEASURED | VERSIONS
+    stage(run, folder, licence="mit", labels=labels, about=about, measure=lambda _: dict(measured))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["label_names"] == labels
+    assert [config["label_descriptions"][label].partition(",")[0] for label in labels] == [
+        "goldfish",
+        "Persian cat",
+        "orange",
+    ]
+    assert '["label_descriptions"][labels[i]])' in (folder / "README.md").read_text()
+    assert describe_labels(["n01443537", "cat"]) is None
 
 
 def test_measured_weights_are_those_that_are_stored(runs: dict[str, Path], tmp_path: Path) -> None:

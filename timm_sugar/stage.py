@@ -19,7 +19,7 @@ from typing import Any
 import safetensors.torch
 import torch
 import yaml
-from timm.data import resolve_data_config
+from timm.data import ImageNetInfo, resolve_data_config
 from timm.models import clean_state_dict, create_model, resolve_model_input_args, save_for_hf
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -173,12 +173,21 @@ def _save(model: nn.Module, run: Run, folder: Path, licence: str, labels: list[s
         str(folder),
         model_config={
             "label_names": labels,
+            "label_descriptions": describe_labels(labels),
             "pretrained_cfg": nothing | origin,
             "sugar": {"model_args": run.model_args, **about},
         },
         data_config=resolve_data_config(run.settings, model=model),
         safe_serialization=True,
     )
+
+
+def describe_labels(labels: list[str]) -> dict[str, str] | None:
+    """What WordNet ids (n01443537) stand for, by timm's lists of ImageNet; None if the labels are something else."""
+    known = ImageNetInfo("imagenet-1k")
+    if not set(labels) <= set(known.label_names()):
+        return None
+    return {label: known.label_name_to_description(label) for label in labels}
 
 
 def statistics(folder: Path) -> dict[str, int]:
