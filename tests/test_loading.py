@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 from scripting import make_images
+from torch.utils.data import IterableDataset
 
 from timm_sugar.cli import Parser
 from timm_sugar.data import DataError, RandomPart
@@ -37,5 +39,12 @@ def test_part_is_drawn_from_all_classes_and_preprocessed_like_the_whole(tmp_path
 
 
 def test_no_part_is_taken_of_a_stream() -> None:
+    class Stream(IterableDataset):
+        def __len__(self) -> int:
+            return 2
+
+        def __iter__(self) -> Iterator[int]:
+            return iter([1, 2])
+
     with pytest.raises(DataError, match="stream"):
-        RandomPart(iter([1, 2]), 1)
+        RandomPart(Stream(), 1)

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from timm_sugar.cli import UserError
 
@@ -88,7 +88,7 @@ class RandomPart(Dataset):
     """
 
     def __init__(self, dataset: Any, count: int, seed: int = 0) -> None:
-        if not hasattr(dataset, "__getitem__"):
+        if isinstance(dataset, IterableDataset):
             raise DataError("this data set is a stream, of which no random part can be taken: use all of it")
         self.dataset = dataset
         self.indices = sorted(random.Random(seed).sample(range(len(dataset)), min(count, len(dataset))))
