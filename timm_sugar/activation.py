@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._functorch.utils import enable_single_level_autograd_function  # semi-private, guarded by tests
 from torch.autograd.function import _SingleLevelFunction
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from timm_sugar.compiled import compiled_gradient
 from timm_sugar.surrogate import get_surrogate, resolve_parameters, surrogate_derivative
 
 _library = torch.library.Library("timm_sugar", "DEF")
@@ -42,11 +44,20 @@ def _is_large_and_plain(x: Tensor, direction: Tensor) -> bool:
     )
 
 
+def _large_gradient(direction: Tensor, x: Tensor, surrogate: str, values: list[float]) -> Tensor:
+    """direction * derivative in one pass over memory, by a compiled loop if there is one."""
+    flat_x, flat_direction = (tensor.as_strided((x.numel(),), (1,)) for tensor in (x, direction))
+    compiled = None if is_in_torch_dispatch_mode() else compiled_gradient(surrogate, tuple(values), x.dtype)
+    if compiled is None:
+        return _in_chunks(flat_direction, flat_x, surrogate, values).as_strided(x.shape, x.stride())
+    return compiled(flat_direction, flat_x).as_strided(x.shape, x.stride())
+
+
 def _in_chunks(direction: Tensor, x: Tensor, surrogate: str, values: list[float]) -> Tensor:
     """direction * derivative, a piece of memory at a time: on a CPU the formula is otherwise as slow as the memory."""
     result = torch.empty_like(x)
-    flat = (tensor.as_strided((x.numel(),), (1,)) for tensor in (result, x, direction))
-    for into, piece, factor in zip(*(tensor.split(_CHUNK * torch.get_num_threads()) for tensor in flat), strict=True):
+    pieces = (tensor.split(_CHUNK * torch.get_num_threads()) for tensor in (result, x, direction))
+    for into, piece, factor in zip(*pieces, strict=True):
         into.copy_(factor * surrogate_derivative(piece, surrogate, values))
     return result
 
@@ -68,7 +79,7 @@ class _SugarFunction(_SingleLevelFunction):
     def _times_derivative(ctx, direction: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         (x,) = ctx.saved_tensors
         if _is_large_and_plain(x, direction):
-            return _in_chunks(direction, x, ctx.surrogate, ctx.values)
+            return _large_gradient(direction, x, ctx.surrogate, ctx.values)
         return (direction * surrogate_derivative(x, ctx.surrogate, ctx.values)).to(direction.dtype)
 
     @staticmethod
