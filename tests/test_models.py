@@ -105,26 +105,28 @@ def test_unknown_names_and_tags_fail_as_timm_does() -> None:
 def test_list_models_filters() -> None:
     assert timm.list_models("resnet18*_sugar") == [f"{name}_sugar" for name in BASES if name.startswith("resnet18")]
     assert timm.list_models("*_sugar", exclude_filters=["[!v]*"]) == [n for n in REGISTERED if n.startswith("v")]
-    assert set(timm.list_models("resnet18_sugar", pretrained=True)) == {
-        name.replace("resnet18", "resnet18_sugar") for name in timm.list_models("resnet18", pretrained=True)
-    }
+    of_the_base = {name.replace("resnet18", "resnet18_sugar") for name in timm.list_models("resnet18", pretrained=True)}
+    ours = {name for name in models.SUGAR_TAGS if name.startswith("resnet18_sugar.")}
+    assert set(timm.list_models("resnet18_sugar", pretrained=True)) == of_the_base | ours
     assert timm.list_models("resnet18_sugar", include_tags=True) == timm.list_models("resnet18_sugar", pretrained=True)
 
 
-def test_list_pretrained_has_each_tag_of_each_base() -> None:
+def test_list_pretrained_has_each_tag_of_each_base_and_those_trained_with_sugar() -> None:
     listed = set(timm.list_pretrained("*_sugar*"))
     wanted = {f"{name}.{tag}" for name, base in WITH_BASE for tag, cfg in by_tag(base).items() if cfg.has_weights}
     aliases = {
         f"{a}_sugar.{tag}" for a, base in models.ALIASES.items() for tag, c in by_tag(base).items() if c.has_weights
     }
-    assert listed == wanted | aliases
+    assert listed == wanted | aliases | models.SUGAR_TAGS.keys()
 
 
 # ---- tags ----
 
 
 def by_tag(name: str) -> dict[str, Any]:
-    return {full.partition(".")[2]: cfg for full, cfg in get_arch_pretrained_cfgs(name).items()}
+    """Configurations of an architecture, but for those of weights that were trained with SUGAR (tests/test_tags.py)."""
+    cfgs = get_arch_pretrained_cfgs(name).items()
+    return {full.partition(".")[2]: cfg for full, cfg in cfgs if full not in models.SUGAR_TAGS}
 
 
 @pytest.mark.parametrize(("name", "base"), [*WITH_BASE[::97], ("resnet18_sugar", "resnet18")])
