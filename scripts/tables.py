@@ -14,22 +14,17 @@ from __future__ import annotations
 import argparse
 import csv
 import json
-import os
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
 import yaml
 
-from timm_sugar import __version__
 from timm_sugar.card import CONFIG, SURROGATES, TWIN, read_results
-from timm_sugar.cli import Parser, UserError, choose_device, explained
+from timm_sugar.cli import Parser, UserError, as_options, choose_device, explained
 from timm_sugar.options import build_parser
-from timm_sugar.runs import read_summary
+from timm_sugar.runs import environment, read_summary
 from timm_sugar.tags import MODEL_CARDS, WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,16 +51,6 @@ def load_recipe(name: str) -> dict[str, Any]:
         return yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
 
 
-def option(key: str, value: Any) -> str:
-    """A setting as it is written on the command line."""
-    name = f"--{key.replace('_', '-')}"
-    if value is True:
-        return name
-    if isinstance(value, dict):
-        value = [f"{k}={v}" for k, v in value.items()]
-    return f"{name} {' '.join(map(str, value))}" if isinstance(value, list) else f"{name}={value}"
-
-
 def summarize(folder: Path, name: str, data: str = "DATA") -> dict[str, Any]:
     """One row of results on a run of the recipe of that name. Raises UserError for a folder that is no finished run."""
     recipe = load_recipe(name)
@@ -76,7 +61,7 @@ def summarize(folder: Path, name: str, data: str = "DATA") -> dict[str, Any]:
         raise UserError(f"{folder}: {len(rows)} of {args['epochs']} epochs are done; finish it with train.py --resume")
     asked = vars(build_parser().parse_args([])) | recipe
     changed = [key for key in args if key not in ("epochs", *OF_THE_MACHINE) and args[key] != asked[key]]
-    kept = " ".join(option(key, args[key]) for key in ("epochs", *changed))
+    kept = " ".join(word for key in ("epochs", *changed) for word in as_options(key, args[key]))
     return {
         "recipe": name,
         "epochs": args["epochs"],
@@ -84,10 +69,7 @@ def summarize(folder: Path, name: str, data: str = "DATA") -> dict[str, Any]:
         "seed": args["seed"],
         **{key: f"{float(rows[-1][f'eval_{key}']):.2f}" for key in ("top1", "top5")},
         **{key: f"{float(rows[-1][f'eval_{key}']):.4f}" for key in ("dead_units", "sparsity")},
-        "device": f"{choose_device(args['device'])}, {os.cpu_count()} cores, {platform.machine()}",
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "timm_sugar": __version__,
+        **environment(choose_device(args["device"])),
         "command": f"python scripts/train.py --config scripts/recipes/{name}.yaml {kept} --data-dir {data}",
     }
 

@@ -85,6 +85,16 @@ def choose_device(name: str | None) -> str:
     return name
 
 
+def as_options(key: str, value: Any) -> list[str]:
+    """A setting as it stands on the command line; True is a flag, a dictionary `name=value ...`."""
+    option = "--" + key.replace("_", "-")
+    if value is True:
+        return [option]
+    if isinstance(value, dict):
+        value = [f"{name}={item}" for name, item in value.items()]
+    return [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"]
+
+
 def yaml_options(path: str | Path, parser: Parser) -> list[str]:
     """The keys and values of a YAML file as command line options, so that one parser checks both."""
     with explained(f"can't read {path}"):
@@ -100,13 +110,8 @@ def yaml_options(path: str | Path, parser: Parser) -> list[str]:
         if key not in known or key in ("config", "resume"):
             close = difflib.get_close_matches(str(key), known, 1)
             raise UserError(f"{path}: unknown key {key!r}" + (f", did you mean {close[0]!r}?" if close else ""))
-        option = "--" + key.replace("_", "-")
         if value is None:
             parser.set_defaults(**{key: None})
-        elif isinstance(value, dict):
-            options += [option, *(f"{k}={v}" for k, v in value.items())]
-        elif isinstance(value, list):
-            options += [option, *map(str, value)]
         elif value is not False or known[key] is not False:
-            options.append(option if value is True else f"{option}={value}")
+            options += as_options(key, value)
     return options

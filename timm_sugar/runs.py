@@ -6,12 +6,15 @@ import argparse
 import csv
 import io
 import os
+import platform
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import timm
 import torch
 
 from timm_sugar.cli import UserError, explained
+from timm_sugar.version import __version__
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,6 +58,12 @@ def read_checkpoint(path: Path, model: str | None) -> dict[str, Any]:
     if model and str(state.get("arch", model)).split(".")[0] != model.split(".")[0]:
         raise UserError(f"{path} is a checkpoint of {state['arch']}, not of {model}")
     return state
+
+
+def environment(device: str) -> dict[str, str]:
+    """What a measurement ran on: device and versions, as columns of results/*.csv."""
+    versions = {"torch": torch.__version__, "timm": timm.__version__, "timm_sugar": __version__}
+    return {"device": f"{device}, {os.cpu_count()} cores, {platform.machine()}", **versions}
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

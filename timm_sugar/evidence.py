@@ -1,0 +1,155 @@
+"""What results/TABLE.csv say: tables in Markdown, sentences, a picture each; and results/README.md, made of them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from timm_sugar.experiments import Table, list_tables, load_table, read_rows
+from timm_sugar.paired import Estimate, Rows, by_seed, difference, level
+from timm_sugar.runs import save_figure, write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PAGE = """\
+# Results
+
+Written by `scripts/reproduce.py` from the CSV files beside it; `python scripts/reproduce.py` writes it again.
+
+Top-1 is of the last epoch, mean ± standard deviation over the seeds. Differences are paired: variant minus baseline with
+the same seed, so the same first weights and the same order of the data; mean over the seeds, and its 95 % interval by
+Student's t. Where the interval holds 0, no difference is shown, which does not say that there is none. Intervals are not
+corrected for the number of comparisons: of twenty without any real difference, one is expected to miss 0. `relu`, `gelu`,
+... are the activation itself, with its own gradient; `sugar-...` is ReLU with that one's gradient. Dead units (never
+above 0 on the validation data) and zeros are counted where the activation is ReLU.
+"""
+HEAD = """\
+| variant | n | top-1 (%) | minus {baseline} (points) | training loss | dead units (%) | zeros (%) |
+|---|---|---|---|---|---|---|"""
+
+
+def spread(value: Estimate, digits: int = 2, factor: float = 1) -> str:
+    """Mean ± standard deviation; the mean alone for one seed, nothing without a number."""
+    if not math.isfinite(value.mean):
+        return ""
+    text = f"{factor * value.mean:.{digits}f}"
+    return text if math.isnan(value.spread) else f"{text} ± {factor * value.spread:.{digits}f}"
+
+
+def interval(value: Estimate) -> str:
+    """Mean and 95 % interval of a difference."""
+    if not value.n:
+        return ""
+    if math.isnan(value.low):
+        return f"{value.mean:+.2f}"
+    return f"{value.mean:+.2f} [{value.low:+.2f}, {value.high:+.2f}]"
+
+
+def table_of(table: Table, rows: Rows) -> str:
+    """The variants that have run, in Markdown."""
+    lines = [HEAD.format(baseline=table.baseline)]
+    for name in table.variants:
+        top1 = level(rows, name)
+        if not top1.n:
+            continue
+        gap = "" if name == table.baseline else interval(difference(rows, name, table.baseline))
+        shares = [spread(level(rows, name, key), 1, 100) for key in ("dead_units", "sparsity")]
+        cells = [f"`{name}`", str(top1.n), spread(top1), gap, spread(level(rows, name, "train_loss"), 3), *shares]
+        lines.append(f"| {' | '.join(cells)} |".replace("|  ", "| "))
+    return "\n".join(lines)
+
+
+def verdict(table: Table, rows: Rows) -> str:
+    """One sentence by rule: which variants are above the baseline, which below, for which no difference is shown."""
+    gaps = {name: difference(rows, name, table.baseline) for name in table.variants if name != table.baseline}
+    gaps = {name: gap for name, gap in gaps.items() if gap.n}
+    if not gaps:
+        return f"Nothing to compare with `{table.baseline}` has run."
+    if any(math.isnan(gap.low) for gap in gaps.values()):
+        return "Fewer than two seeds: nothing can be said about a difference."
+    counts = sorted({gap.n for gap in gaps.values()})
+    parts = []
+    for sign, text in ((1, "top-1 is higher than with {} for"), (-1, "top-1 is lower than with {} for"),
+                       (0, "no difference from {} is shown for")):  # fmt: skip
+        named = [f"`{name}` ({interval(gap)})" for name, gap in gaps.items() if gap.sign == sign]
+        if named:
+            parts.append(f"{text.format(f'`{table.baseline}`')} {', '.join(named)}")
+    seeds = " to ".join(map(str, {counts[0]: 0, counts[-1]: 0}))
+    return f"In {seeds} paired seeds, {'; '.join(parts)}."
+
+
+def compare(table: Table, rows: list[dict[str, str]]) -> str:
+    """What to print when a table has run."""
+    return f"\n{table.title}\n\n{table_of(table, rows)}\n\n{verdict(table, rows)}"
+
+
+def section(table: Table, rows: list[dict[str, str]], picture: bool) -> str:
+    """The part of the page about one table."""
+    ran = {key: sorted({row[key] for row in rows}) for key in ("device", "torch", "timm", "timm_sugar", "epochs")}
+    versions = ", ".join(f"{key} {'/'.join(ran[key])}" for key in ("torch", "timm", "timm_sugar"))
+    epochs = f"{'/'.join(ran['epochs'])} epochs; {'; '.join(ran['device'])}; {versions}."
+    image = f"\n![Top-1 and dead units by variant and epoch]({table.name}.png)\n" if picture else ""
+    return (
+        f"\n## {table.title}\n\n{verdict(table, rows)}\n\n{table_of(table, rows)}\n{image}\n{epochs}\n"
+        f"Settings: [`{table.name}.yaml`](../scripts/reproduce/{table.name}.yaml); each run: [`{table.name}.csv`]"
+        f"({table.name}.csv). Again:\n\n```bash\n{command(table)}\n```\n"
+    )
+
+
+def command(table: Table) -> str:
+    """The command that runs a table."""
+    return f"python scripts/reproduce.py {table.name}" + (" --data-dir DATA" if table.network else "")
+
+
+def page(results: Path) -> str:
+    """The text of results/README.md: the tables that have run, then the names of those that haven't."""
+    parts, missing = [PAGE], []
+    for table in map(load_table, list_tables()):
+        rows = read_rows(results / f"{table.name}.csv")
+        if rows:
+            parts.append(section(table, rows, (results / f"{table.name}.png").exists()))
+        else:
+            missing.append(f"- {table.title}: `{command(table)}`")
+    if missing:
+        parts.append("\n## Defined, not run here\n\n" + "\n".join(missing) + "\n")
+    return "".join(parts)
+
+
+def write_page(results: Path) -> None:
+    """results/README.md."""
+    write_atomically(results / "README.md", page(results))
+
+
+def write_picture(table: Table, results: Path) -> None:
+    """results/TABLE.png: top-1 of every run, and over the epochs top-1 and dead units, means over the seeds."""
+    from matplotlib.figure import Figure  # here, since it takes long to import
+
+    rows, epochs = read_rows(results / f"{table.name}.csv"), read_rows(results / f"{table.name}_epochs.csv")
+    variants = [name for name in table.variants if by_seed(rows, name, "top1")]
+    figure = Figure(figsize=(13, max(3.4, 0.28 * len(variants) + 1.2)), layout="constrained")
+    figure.suptitle(table.title)
+    dots, accuracy, dead = figure.subplots(1, 3)
+    for i, name in enumerate(variants):
+        values = list(by_seed(rows, name, "top1").values())
+        dots.plot(values, [i] * len(values), "o", alpha=0.5, color=f"C{i % 10}")
+        dots.plot([level(rows, name).mean], [i], "|", markersize=16, color="black")
+        draw_epochs(accuracy, epochs, name, "top1", 1, f"C{i % 10}")
+        draw_epochs(dead, epochs, name, "dead_units", 100, f"C{i % 10}")
+    if table.baseline in variants:
+        dots.axvline(level(rows, table.baseline).mean, color="gray", linewidth=0.8, linestyle=":")
+    dots.set(yticks=range(len(variants)), yticklabels=variants, xlabel="top-1 (%), each run and the mean")
+    dots.invert_yaxis()
+    accuracy.set(xlabel="epoch", ylabel="top-1 (%)")
+    dead.set(xlabel="epoch", ylabel="dead units (%)")
+    save_figure(figure, results / f"{table.name}.png")
+
+
+def draw_epochs(axes: Axes, epochs: list[dict[str, Any]], variant: str, column: str, factor: float, color: str) -> None:
+    """The mean of a column over the seeds, by epoch; no line if there are no numbers."""
+    numbers = sorted({int(row["epoch"]) for row in epochs if row["variant"] == variant})
+    means = [level([row for row in epochs if row["epoch"] == str(epoch)], variant, column).mean for epoch in numbers]
+    points = [(epoch + 1, factor * mean) for epoch, mean in zip(numbers, means, strict=True) if math.isfinite(mean)]
+    if points:
+        axes.plot(*zip(*points, strict=True), ".-", color=color, label=variant)
