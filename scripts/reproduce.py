@@ -7,8 +7,8 @@
     python scripts/reproduce.py resnet18_small --smoke     # random images, two minutes, nothing in results/
     python scripts/reproduce.py                            # results/README.md again from the committed numbers
 
-A table is a YAML file in scripts/reproduce/, or one of your own (timm_sugar/experiments.py says what is in it). The same
-command again skips what is done and continues what was cut off. After each run, results/TABLE.csv gets its row and
+A table is a YAML file in scripts/reproduce/, or one of your own (timm_sugar/experiments.py says what is in it). The
+same command again skips what is done and continues what was cut off. After each run, results/TABLE.csv gets its row and
 results/TABLE_epochs.csv its epochs; at the end come the picture, results/README.md and, here, the differences.
 
 A table with a `subset` trains on `per_class` images of each class of the training split: those whose pixels have the
@@ -103,7 +103,9 @@ def make_subset(args: argparse.Namespace, root: Path, per_class: int, held_out: 
     train = ranked(args, "train")
     parts = [("train", "train", {label: entries[:per_class] for label, entries in train.items()})]
     rest = {label: entries[per_class : per_class + held_out] for label, entries in train.items()}
-    parts.append(("validation", "train", rest) if held_out else ("validation", "validation", ranked(args, "validation")))
+    parts.append(
+        ("validation", "train", rest) if held_out else ("validation", "validation", ranked(args, "validation"))
+    )
     if min(map(len, train.values()), default=0) < per_class + held_out:
         raise UserError(f"a class has fewer than the {per_class + held_out} images that this table's subset needs")
     partial = root.with_name(f"tmp-{root.name}")
@@ -184,7 +186,9 @@ class Run:
                 if done.returncode == 130:
                     raise KeyboardInterrupt
                 if done.returncode:
-                    raise UserError(f"run {self.name} failed (status {done.returncode}), see above; then the same again")
+                    raise UserError(
+                        f"run {self.name} failed (status {done.returncode}), see above; then the same again"
+                    )
             write_atomically(self.record, json.dumps(self.summarize(epochs), indent=1))
 
     def summarize(self, epochs: int) -> dict[str, Any]:

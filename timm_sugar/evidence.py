@@ -18,12 +18,14 @@ PAGE = """\
 
 Written by `scripts/reproduce.py` from the CSV files beside it; `python scripts/reproduce.py` writes it again.
 
-Top-1 is of the last epoch, mean ± standard deviation over the seeds. Differences are paired: variant minus baseline with
-the same seed, so the same first weights and the same order of the data; mean over the seeds, and its 95 % interval by
-Student's t. Where the interval holds 0, no difference is shown, which does not say that there is none. Intervals are not
-corrected for the number of comparisons: of twenty without any real difference, one is expected to miss 0. `relu`, `gelu`,
-... are the activation itself, with its own gradient; `sugar-...` is ReLU with that one's gradient. Dead units (never
-above 0 on the validation data) and zeros are counted where the activation is ReLU.
+Top-1 is of the last epoch, mean ± standard deviation over the seeds. Differences are paired: variant minus baseline
+with the same seed, so with the same first weights and the same order of the data; the mean over the seeds, and its 95 %
+interval by Student's t. Where the interval holds 0, no difference is shown, which does not say that there is none.
+Intervals are not corrected for the number of comparisons: of twenty without a real difference, one misses 0 by chance.
+
+`relu`, `gelu`, ... are the activation itself, with its own gradient; `sugar-...` is ReLU with that one's gradient. A
+dead unit was never above 0 on the validation data; a smooth activation still has a gradient there. An empty cell was
+not counted.
 """
 HEAD = """\
 | variant | n | top-1 (%) | minus {baseline} (points) | training loss | dead units (%) | zeros (%) |

@@ -100,7 +100,10 @@ def load_table(name: str) -> Table:
 def _read(path: Path) -> dict[str, Any]:
     """The keys of a YAML file, over those of its base."""
     with explained(f"can't read {path}"):
-        values = yaml.safe_load(path.read_text())
+        try:
+            values = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(error) from error
         if not isinstance(values, dict):
             raise ValueError("expected 'key: value' lines")
     if "base" not in values:

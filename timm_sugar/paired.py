@@ -27,7 +27,7 @@ class Estimate:
 
 
 def estimate(values: Iterable[float]) -> Estimate:
-    """Student's interval: mean ± t(0.975, n - 1) · s / sqrt(n). Without two values there is no spread and no interval."""
+    """Student's interval: mean ± t(0.975, n - 1) · s / sqrt(n); no spread and no interval without two values."""
     values = list(values)
     n = len(values)
     mean = statistics.fmean(values) if n else math.nan

@@ -12,6 +12,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from timm.layers import to_2tuple
@@ -54,7 +55,7 @@ def activate(model: nn.Module, activation: str, **parameters: float) -> None:
 
 
 class DeepMLP(nn.Module):
-    """Equally wide linear layers with ReLU between them: no normalisation, no shortcut; weights as in He et al. 2015."""
+    """Equally wide linear layers with ReLU between them and nothing else; weights as in He et al. 2015."""
 
     def __init__(
         self, depth: int = 50, width: int = 128, num_classes: int = 10, in_chans: int = 3, img_size: Any = 32
@@ -63,7 +64,7 @@ class DeepMLP(nn.Module):
         self.num_classes = num_classes
         widths = [in_chans * math.prod(to_2tuple(img_size)), *[width] * (depth - 1)]
         self.layers = nn.Sequential(nn.Flatten())
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             self.layers.extend([nn.Linear(before, after), nn.ReLU()])
         self.head = nn.Linear(width, num_classes)
         for module in self.modules():
