@@ -41,7 +41,7 @@ from timm_sugar.cli import Parser, UserError, as_options, choose_device, explain
 from timm_sugar.data import open_dataset
 from timm_sugar.evidence import compare, write_page, write_picture
 from timm_sugar.experiments import COLUMNS, CURVES, TABLES, Table, list_tables, load_table, read_rows, write_rows
-from timm_sugar.runs import environment, is_saved, read_summary, write_atomically
+from timm_sugar.runs import environment, read_summary, write_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("top1", "top5", "dead_units", "sparsity")
@@ -61,7 +61,7 @@ def build_parser() -> Parser:
     add("--dataset", metavar="NAME", help="as for scripts/train.py, e.g. torch/cifar100")
     add("--dataset-download", action="store_true", help="as for scripts/train.py")
     add("--device", metavar="NAME", help="as for scripts/train.py")
-    add("-j", "--workers", type=int, default=1, metavar="N", help="loader processes (default: %(default)s)")
+    add("-j", "--workers", type=int, default=4, metavar="N", help="as for scripts/train.py (default: %(default)s)")
     add("--output", type=Path, default=Path("output/reproduce"), metavar="DIR", help="of runs (default: %(default)s)")
     add("--results", type=Path, default=ROOT / "results", metavar="DIR", help="of the numbers (default: results/)")
     return parser
@@ -175,7 +175,7 @@ class Run:
         """Start or continue the run in a process of its own, and write its record. Raises UserError if that fails."""
         with self.locked() as lock:
             epochs = self.settings["epochs"]
-            if len(read_summary(self.folder, epochs)) < epochs or not is_complete(self.folder):
+            if len(read_summary(self.folder, epochs)) < epochs:
                 words = [word for key, value in self.settings.items() for word in as_options(key, value)]
                 place = ["--output", str(self.folder.parent), "--experiment", self.name]
                 path = os.pathsep.join(filter(None, [str(TABLES), os.environ.get("PYTHONPATH")]))
@@ -207,11 +207,6 @@ class Run:
 def shown(number: str) -> str:
     """Four decimals; what isn't there or has no meaning (NaN: no such units) stays empty, a diverged loss infinite."""
     return "" if number in ("", "nan") else f"{float(number):.4f}"
-
-
-def is_complete(folder: Path) -> bool:
-    """Whether nothing of a run's folder is missing; training on images keeps checkpoints, which are saved last."""
-    return is_saved(folder) or not list(folder.glob("*.pth.tar"))
 
 
 def collect(table: Table, results: Path, records: list[dict[str, Any]]) -> None:
@@ -253,7 +248,7 @@ def run_table(table: Table, args: argparse.Namespace) -> None:
     folder = args.output / table.name
     folder.mkdir(parents=True, exist_ok=True)
     runs = [Run(table, variant, seed, folder) for seed in range(table.seeds) for variant in variants]
-    if not args.resume and any(run.folder.exists() for run in runs):
+    if not args.resume and any(run.folder.exists() or run.record.exists() for run in runs):
         raise UserError(f"--no-resume: there are runs in {folder}; choose another --output")
     records = {run: run.read() for run in runs}
     options = data_options(table, args)
@@ -269,6 +264,13 @@ def run_table(table: Table, args: argparse.Namespace) -> None:
     print(compare(table, read_rows(args.results / f"{table.name}.csv")))
 
 
+def smoke_of(table: Table, patterns: Sequence[str]) -> Table:
+    """The first four variants that match, one epoch and one seed each."""
+    variants = {name: table.variants[name] for name in chosen_variants(table, patterns)[:4]}
+    options = {**table.options, **(SMOKE if table.network else {"epochs": 1})}
+    return replace(table, seeds=1, options=options, variants=variants, subset=None)
+
+
 def run(args: argparse.Namespace) -> None:
     """Run the table if one is named, then write pictures and the page."""
     if args.seeds is not None and args.seeds < 1:
@@ -280,10 +282,7 @@ def run(args: argparse.Namespace) -> None:
         if args.smoke:
             args.output, args.results = args.output / "smoke", args.output / "smoke" / "results"
             shutil.rmtree(args.output, ignore_errors=True)
-            keep = [table.baseline, *(name for name in table.variants if name != table.baseline)][:4]
-            options = {**table.options, **(SMOKE if table.network else {"epochs": 1})}
-            variants = {name: table.variants[name] for name in keep}
-            table = replace(table, seeds=1, options=options, variants=variants, subset=None)
+            table, args.only = smoke_of(table, args.only), ["*"]
         with explained(f"can't write to {args.output} or {args.results}"):
             args.output.mkdir(parents=True, exist_ok=True)
             args.results.mkdir(parents=True, exist_ok=True)

@@ -106,15 +106,35 @@ def test_differences_are_paired_by_seed_whatever_the_order_and_only_where_both_h
 
 
 def test_sentence_follows_from_the_intervals() -> None:
-    table = Table("t", "T", "relu", {name: {} for name in ("relu", "up", "down", "same", "not run")})
+    """With two seeds t(0.975, 1) = 12.7062: differences of 2.0 and 2.1 give 2.05 ± 12.7062 · 0.05."""
+    variants = {name: {"plain": name} for name in ("relu", "up", "down", "same", "not run")}
+    table = Table("t", "T", "relu", {**variants, "sugar": {"sugar": "down"}})
     numbers = {"relu": {0: 10, 1: 20}, "up": {0: 12.1, 1: 22}, "down": {0: 7, 1: 17.1}, "same": {0: 9, 1: 21}}
-    assert evidence.verdict(table, rows_of(numbers)) == (
+    against_relu = (
         "In 2 paired seeds, top-1 is higher than with `relu` for `up` (+2.05 [+1.41, +2.69]); "
         "top-1 is lower than with `relu` for `down` (-2.95 [-3.59, -2.31]); "
-        "no difference from `relu` is shown for `same` (+0.00 [-12.71, +12.71])."
+        "no difference from `relu` is shown for `same` (+0.00 [-12.71, +12.71])"
+    )
+    assert evidence.verdict(table, rows_of(numbers)) == against_relu + "."
+    assert evidence.verdict(table, rows_of({**numbers, "sugar": {0: 9, 1: 19.1}})) == (
+        against_relu.replace("2.31]);", "2.31]), `sugar` (-0.95 [-1.59, -0.31]);")
+        + ". In 2 paired seeds, top-1 is higher than with the activation itself for `sugar` (+2.00 [+2.00, +2.00])."
     )
     assert "nothing can be said" in evidence.verdict(table, rows_of({"relu": {0: 10}, "up": {0: 12}}))
-    assert "Nothing to compare" in evidence.verdict(table, rows_of({"relu": {0: 10, 1: 20}}))
+    assert evidence.verdict(table, rows_of({"relu": {0: 10, 1: 20}})) == "Nothing to compare with `relu` has run."
+
+
+def test_table_compares_sugar_with_the_activation_whose_gradient_it_borrows() -> None:
+    variants = {"relu": {"plain": "relu"}, "elu": {"plain": "elu"}, "sugar-elu": {"sugar": "elu"},
+                "sugar-nelu": {"sugar": "nelu", "alpha": 0.1}, "nelu": {"plain": "nelu", "alpha": 0.2}}  # fmt: skip
+    table = Table("t", "T", "relu", variants)
+    assert [evidence.twin(table, name) for name in variants] == [None, None, "elu", None, None]
+    rows = rows_of({"relu": {0: 10, 1: 12}, "elu": {0: 11, 1: 12}, "sugar-elu": {0: 13, 1: 14.5}})
+    lines = evidence.table_of(table, rows).splitlines()
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|") == 9
+    assert lines[4] == "| `sugar-elu` | 2 | 13.75 ± 1.06 | +2.75 [-0.43, +5.93] | +2.25 [-0.93, +5.43] | | | |"
+    without = Table("t", "T", "relu", {"relu": {}, "sugar-elu": {"sugar": "elu"}})
+    assert "activation itself" not in evidence.table_of(without, rows)
 
 
 @pytest.mark.parametrize("table", ALL, ids=lambda table: table.name)
@@ -229,9 +249,9 @@ def test_only_and_seeds_choose_a_part_and_earlier_rows_stay(
     assert "done before" not in capsys.readouterr().out
     assert len(ran()) == 6
     assert capsys.readouterr().out.count("done before") == len(part)
-    message = error_line(reproduce.main, [*shared, "--only", "gelu"], capsys)
-    assert "no such variant (there are: relu, sugar-bsilu, sugar-nelu)" in message
-    assert "there are runs" not in message
+    message = "no such variant (there are: relu, sugar-bsilu, sugar-nelu)"
+    assert message in error_line(reproduce.main, [*shared, "--only", "gelu"], capsys)
+    assert "--no-resume: there are runs" in error_line(reproduce.main, [*shared, "--no-resume"], capsys)
 
 
 def test_rows_that_the_table_would_not_make_again_go(

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timm_sugar.experiments import Table, list_tables, load_table, read_rows
+from timm_sugar.experiments import TABLES, Table, list_tables, load_table, read_rows
 from timm_sugar.paired import Estimate, Rows, by_seed, difference, level
 from timm_sugar.runs import save_figure, write_atomically
 
@@ -27,9 +27,8 @@ Intervals are not corrected for the number of comparisons: of twenty without a r
 dead unit was never above 0 on the validation data; a smooth activation still has a gradient there. An empty cell was
 not counted.
 """
-HEAD = """\
-| variant | n | top-1 (%) | minus {baseline} (points) | training loss | dead units (%) | zeros (%) |
-|---|---|---|---|---|---|---|"""
+COLUMNS = ("variant", "n", "top-1 (%)", "minus `{}` (points)", "minus the activation itself (points)", "training loss",
+           "dead units (%)", "zeros (%)")  # fmt: skip
 
 
 def spread(value: Estimate, digits: int = 2, factor: float = 1) -> str:
@@ -49,36 +48,58 @@ def interval(value: Estimate) -> str:
     return f"{value.mean:+.2f} [{value.low:+.2f}, {value.high:+.2f}]"
 
 
+def twin(table: Table, variant: str) -> str | None:
+    """The variant whose activation is itself the function that this one borrows the gradient of, if there is one."""
+    own = dict(table.variants[variant])
+    if "sugar" not in own:
+        return None
+    plain = {"plain": own.pop("sugar"), **own}
+    return next((name for name, other in table.variants.items() if other == plain), None)
+
+
 def table_of(table: Table, rows: Rows) -> str:
     """The variants that have run, in Markdown."""
-    lines = [HEAD.format(baseline=table.baseline)]
-    for name in table.variants:
-        top1 = level(rows, name)
-        if not top1.n:
-            continue
-        gap = "" if name == table.baseline else interval(difference(rows, name, table.baseline))
+    ran = [name for name in table.variants if level(rows, name).n]
+    twins = {name: twin(table, name) for name in ran}
+    lines = [[column.format(table.baseline) for column in COLUMNS]]
+    for name in ran:
+        gaps = [None if name == table.baseline else table.baseline, twins[name]]
         shares = [spread(level(rows, name, key), 1, 100) for key in ("dead_units", "sparsity")]
-        cells = [f"`{name}`", str(top1.n), spread(top1), gap, spread(level(rows, name, "train_loss"), 3), *shares]
-        lines.append(f"| {' | '.join(cells)} |".replace("|  ", "| "))
-    return "\n".join(lines)
+        lines.append([
+            f"`{name}`", str(level(rows, name).n), spread(level(rows, name)),
+            *(interval(difference(rows, name, other)) if other else "" for other in gaps),
+            spread(level(rows, name, "train_loss"), 3), *shares,
+        ])  # fmt: skip
+    if not any(twins.values()):
+        lines = [line[:4] + line[5:] for line in lines]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |".replace("|  ", "| ") for line in lines)
 
 
 def verdict(table: Table, rows: Rows) -> str:
-    """One sentence by rule: which variants are above the baseline, which below, for which no difference is shown."""
-    gaps = {name: difference(rows, name, table.baseline) for name in table.variants if name != table.baseline}
-    gaps = {name: gap for name, gap in gaps.items() if gap.n}
+    """By rule: for which variants top-1 is above the baseline's, or below, and for which no difference is shown.
+
+    Then the same for SUGAR against the activation itself, where both have run.
+    """
+    against = {name: table.baseline for name in table.variants if name != table.baseline}
+    twins = {name: other for name in table.variants if (other := twin(table, name))}
+    parts = [sentence(rows, against, f"`{table.baseline}`"), sentence(rows, twins, "the activation itself")]
+    return " ".join(filter(None, parts)) or f"Nothing to compare with `{table.baseline}` has run."
+
+
+def sentence(rows: Rows, pairs: dict[str, str], name: str) -> str:
+    """What the differences between these pairs of variants show; empty if none has run."""
+    gaps = {one: gap for one, other in pairs.items() if (gap := difference(rows, one, other)).n}
     if not gaps:
-        return f"Nothing to compare with `{table.baseline}` has run."
+        return ""
     if any(math.isnan(gap.low) for gap in gaps.values()):
-        return "Fewer than two seeds: nothing can be said about a difference."
-    counts = sorted({gap.n for gap in gaps.values()})
+        return f"Fewer than two seeds: nothing can be said about a difference from {name}."
     parts = []
-    for sign, text in ((1, "top-1 is higher than with {} for"), (-1, "top-1 is lower than with {} for"),
-                       (0, "no difference from {} is shown for")):  # fmt: skip
-        named = [f"`{name}` ({interval(gap)})" for name, gap in gaps.items() if gap.sign == sign]
+    for sign, text in ((1, "top-1 is higher than with"), (-1, "top-1 is lower than with"), (0, "no difference from")):
+        named = [f"`{one}` ({interval(gap)})" for one, gap in gaps.items() if gap.sign == sign]
         if named:
-            parts.append(f"{text.format(f'`{table.baseline}`')} {', '.join(named)}")
-    seeds = " to ".join(map(str, {counts[0]: 0, counts[-1]: 0}))
+            parts.append(f"{text} {name} {'for' if sign else 'is shown for'} {', '.join(named)}")
+    seeds = " to ".join(map(str, sorted({gap.n for gap in gaps.values()})))
     return f"In {seeds} paired seeds, {'; '.join(parts)}."
 
 
@@ -101,8 +122,9 @@ def section(table: Table, rows: list[dict[str, str]], picture: bool) -> str:
 
 
 def command(table: Table) -> str:
-    """The command that runs a table."""
-    return f"python scripts/reproduce.py {table.name}" + (" --data-dir DATA" if table.network else "")
+    """The command that runs a table, as it stands in the head of its file."""
+    lines = (TABLES / f"{table.name}.yaml").read_text().splitlines()
+    return next(line for line in lines if line.startswith("#   python")).lstrip("# ")
 
 
 def page(results: Path) -> str:
