@@ -5,7 +5,7 @@
     python scripts/reproduce.py cifar100_resnet18 --data-dir DIR --dataset torch/cifar100 --dataset-download
     python scripts/reproduce.py resnet18_small --data-dir DATA --seeds 2 --only 'sugar-*' relu
     python scripts/reproduce.py resnet18_small --smoke     # random images, two minutes, nothing in results/
-    python scripts/reproduce.py                            # results/README.md again from the committed numbers
+    python scripts/reproduce.py                            # the page and the pictures again, from the numbers
 
 A table is a YAML file in scripts/reproduce/, or one of your own (timm_sugar/experiments.py says what is in it). The
 same command again skips what is done and continues what was cut off. After each run, results/TABLE.csv gets its row and
@@ -288,6 +288,10 @@ def run(args: argparse.Namespace) -> None:
             args.results.mkdir(parents=True, exist_ok=True)
         run_table(table, args)
         write_picture(table, args.results)
+    else:
+        ran = [name for name in list_tables() if (args.results / f"{name}.csv").exists()]
+        for table in map(load_table, ran):
+            write_picture(table, args.results)
     write_page(args.results)
 
 

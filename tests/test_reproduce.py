@@ -19,7 +19,6 @@ import yaml
 from PIL import Image
 from scipy import stats
 from scripting import SCRIPTS, error_line, load_script, make_images
-from timm.models import resolve_model_input_args
 from torch import nn
 
 from timm_sugar import SUGAR, evidence
@@ -32,7 +31,7 @@ from timm_sugar.surrogate import get_surrogate, list_surrogates
 sys.path.insert(0, str(TABLES))  # as scripts/reproduce.py does for the processes that it starts
 import networks
 
-reproduce = load_script("reproduce")
+reproduce, train = load_script("reproduce"), load_script("train")
 RESULTS = SCRIPTS.parent / "results"
 ALL = [load_table(name) for name in list_tables()]
 TINY = """\
@@ -110,18 +109,27 @@ def test_sentence_follows_from_the_intervals() -> None:
     variants = {name: {"plain": name} for name in ("relu", "up", "down", "same", "not run")}
     table = Table("t", "T", "relu", {**variants, "sugar": {"sugar": "down"}})
     numbers = {"relu": {0: 10, 1: 20}, "up": {0: 12.1, 1: 22}, "down": {0: 7, 1: 17.1}, "same": {0: 9, 1: 21}}
-    against_relu = (
-        "In 2 paired seeds, top-1 is higher than with `relu` for `up` (+2.05 [+1.41, +2.69]); "
-        "top-1 is lower than with `relu` for `down` (-2.95 [-3.59, -2.31]); "
-        "no difference from `relu` is shown for `same` (+0.00 [-12.71, +12.71])"
-    )
-    assert evidence.verdict(table, rows_of(numbers)) == against_relu + "."
-    assert evidence.verdict(table, rows_of({**numbers, "sugar": {0: 9, 1: 19.1}})) == (
-        against_relu.replace("2.31]);", "2.31]), `sugar` (-0.95 [-1.59, -0.31]);")
-        + ". In 2 paired seeds, top-1 is higher than with the activation itself for `sugar` (+2.00 [+2.00, +2.00])."
-    )
-    assert "nothing can be said" in evidence.verdict(table, rows_of({"relu": {0: 10}, "up": {0: 12}}))
+    up, down, same = "`up` (+2.05 [+1.41, +2.69])", "`down` (-2.95 [-3.59, -2.31])", "`same` (+0.00 [-12.71, +12.71])"
+    text = "- In 2 paired seeds, top-1 is higher than with `relu` for {}; top-1 is lower than with `relu` for {}; "
+    text += "no difference in top-1 from the runs with `relu` is shown for {}."
+    assert evidence.verdict(table, rows_of(numbers)) == text.format(up, down, same)
+    assert evidence.verdict(table, rows_of({**numbers, "sugar": {0: 9, 1: 19.1}})).splitlines() == [
+        text.format(up, down + ", `sugar` (-0.95 [-1.59, -0.31])", same),
+        "- In 2 paired seeds, top-1 is higher than with the activation itself for `sugar` (+2.00 [+2.00, +2.00]).",
+    ]
+    one = evidence.verdict(table, rows_of({"relu": {0: 10}, "up": {0: 12}}))
+    assert one == "- One seed says nothing about a difference in top-1 from the run with `relu`."
     assert evidence.verdict(table, rows_of({"relu": {0: 10, 1: 20}})) == "Nothing to compare with `relu` has run."
+
+
+def test_dead_units_are_compared_in_points() -> None:
+    rows = rows_of({"relu": {0: 10, 1: 20}, "sugar-elu": {0: 11, 1: 19}})
+    for row, dead in zip(rows, ("0.2000", "0.3000", "0.1000", "0.1900"), strict=True):
+        row["dead_units"] = dead
+    table = Table("t", "T", "relu", {"relu": {"plain": "relu"}, "sugar-elu": {"sugar": "elu"}})
+    *_, line = evidence.verdict(table, rows).splitlines()
+    gap = "-10.50 [-16.85, -4.15]"  # -10 and -11, 12.7062 · 0.5 to each side
+    assert line == f"- In 2 paired seeds, the share of dead units is lower than with `relu` for `sugar-elu` ({gap})."
 
 
 def test_table_compares_sugar_with_the_activation_whose_gradient_it_borrows() -> None:
@@ -149,9 +157,8 @@ def test_every_run_has_options_that_its_script_takes_and_a_model_that_can_be_mad
             continue
         args = build_parser().parse_args(words)
         assert {key: getattr(args, key) for key in settings} == settings
-        kwargs = resolve_model_input_args(args.model, vars(args), num_classes=args.num_classes, **args.model_kwargs)
         with torch.device("meta"):
-            model = timm.create_model(**kwargs).eval()
+            model = train.build_model(args).eval()
             assert model(torch.zeros(1, 3, args.img_size, args.img_size)).shape == (1, args.num_classes)
         sugars = {m.surrogate for m in model.modules() if isinstance(m, SUGAR)}
         plain = {m.surrogate for m in model.modules() if isinstance(m, networks.Plain)}

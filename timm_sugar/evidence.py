@@ -21,7 +21,7 @@ Written by `scripts/reproduce.py` from the CSV files beside it; `python scripts/
 Top-1 is of the last epoch, mean ± standard deviation over the seeds. Differences are paired: variant minus baseline
 with the same seed, so with the same first weights and the same order of the data; the mean over the seeds, and its 95 %
 interval by Student's t. Where the interval holds 0, no difference is shown, which does not say that there is none.
-Intervals are not corrected for the number of comparisons: of twenty without a real difference, one misses 0 by chance.
+Intervals are not corrected for the number of comparisons: of twenty without a real difference, about one misses 0.
 
 `relu`, `gelu`, ... are the activation itself, with its own gradient; `sugar-...` is ReLU with that one's gradient. A
 dead unit was never above 0 on the validation data; a smooth activation still has a gradient there. An empty cell was
@@ -39,13 +39,13 @@ def spread(value: Estimate, digits: int = 2, factor: float = 1) -> str:
     return text if math.isnan(value.spread) else f"{text} ± {factor * value.spread:.{digits}f}"
 
 
-def interval(value: Estimate) -> str:
-    """Mean and 95 % interval of a difference."""
+def interval(value: Estimate, factor: float = 1) -> str:
+    """Mean and 95 % interval of a difference, times a factor."""
     if not value.n:
         return ""
-    if math.isnan(value.low):
-        return f"{value.mean:+.2f}"
-    return f"{value.mean:+.2f} [{value.low:+.2f}, {value.high:+.2f}]"
+    numbers = (factor * number for number in (value.mean, value.low, value.high))
+    mean, low, high = (f"{round(number, 2) + 0.0:+.2f}" for number in numbers)  # + 0.0: no -0.00
+    return mean if math.isnan(value.low) else f"{mean} [{low}, {high}]"
 
 
 def twin(table: Table, variant: str) -> str | None:
@@ -79,26 +79,34 @@ def table_of(table: Table, rows: Rows) -> str:
 def verdict(table: Table, rows: Rows) -> str:
     """By rule: for which variants top-1 is above the baseline's, or below, and for which no difference is shown.
 
-    Then the same for SUGAR against the activation itself, where both have run.
+    Then the same for SUGAR against the activation itself, and for the share of dead units against the baseline's.
     """
     against = {name: table.baseline for name in table.variants if name != table.baseline}
     twins = {name: other for name in table.variants if (other := twin(table, name))}
-    parts = [sentence(rows, against, f"`{table.baseline}`"), sentence(rows, twins, "the activation itself")]
-    return " ".join(filter(None, parts)) or f"Nothing to compare with `{table.baseline}` has run."
+    if not any(difference(rows, name, table.baseline).n for name in against):
+        return f"Nothing to compare with `{table.baseline}` has run."
+    found = [
+        sentence(rows, against, "top-1", f"with `{table.baseline}`"),
+        sentence(rows, twins, "top-1", "with the activation itself"),
+        sentence(rows, against, "the share of dead units", f"with `{table.baseline}`", "dead_units", 100),
+    ]
+    return "\n".join(f"- {text}" for text in found if text)
 
 
-def sentence(rows: Rows, pairs: dict[str, str], name: str) -> str:
+def sentence(rows: Rows, pairs: dict[str, str], what: str, other: str, column: str = "top1", factor: float = 1) -> str:
     """What the differences between these pairs of variants show; empty if none has run."""
-    gaps = {one: gap for one, other in pairs.items() if (gap := difference(rows, one, other)).n}
+    gaps = {one: difference(rows, one, base, column) for one, base in pairs.items()}
+    gaps = {one: gap for one, gap in gaps.items() if gap.n}
     if not gaps:
         return ""
     if any(math.isnan(gap.low) for gap in gaps.values()):
-        return f"Fewer than two seeds: nothing can be said about a difference from {name}."
+        return f"One seed says nothing about a difference in {what} from the run {other}."
     parts = []
-    for sign, text in ((1, "top-1 is higher than with"), (-1, "top-1 is lower than with"), (0, "no difference from")):
-        named = [f"`{one}` ({interval(gap)})" for one, gap in gaps.items() if gap.sign == sign]
+    for sign, text in ((1, f"{what} is higher than {other}"), (-1, f"{what} is lower than {other}"),
+                       (0, f"no difference in {what} from the runs {other} is shown")):  # fmt: skip
+        named = [f"`{one}` ({interval(gap, factor)})" for one, gap in gaps.items() if gap.sign == sign]
         if named:
-            parts.append(f"{text} {name} {'for' if sign else 'is shown for'} {', '.join(named)}")
+            parts.append(f"{text} for {', '.join(named)}")
     seeds = " to ".join(map(str, sorted({gap.n for gap in gaps.values()})))
     return f"In {seeds} paired seeds, {'; '.join(parts)}."
 
@@ -113,9 +121,10 @@ def section(table: Table, rows: list[dict[str, str]], picture: bool) -> str:
     ran = {key: sorted({row[key] for row in rows}) for key in ("device", "torch", "timm", "timm_sugar", "epochs")}
     versions = ", ".join(f"{key} {'/'.join(ran[key])}" for key in ("torch", "timm", "timm_sugar"))
     epochs = f"{'/'.join(ran['epochs'])} epochs; {'; '.join(ran['device'])}; {versions}."
+    note = f"{table.note}\n\n" if table.note else ""
     image = f"\n![Top-1 and dead units by variant and epoch]({table.name}.png)\n" if picture else ""
     return (
-        f"\n## {table.title}\n\n{verdict(table, rows)}\n\n{table_of(table, rows)}\n{image}\n{epochs}\n"
+        f"\n## {table.title}\n\n{note}{verdict(table, rows)}\n\n{table_of(table, rows)}\n{image}\n{epochs}\n"
         f"Settings: [`{table.name}.yaml`](../scripts/reproduce/{table.name}.yaml); each run: [`{table.name}.csv`]"
         f"({table.name}.csv). Again:\n\n```bash\n{command(table)}\n```\n"
     )
@@ -142,12 +151,13 @@ def page(results: Path) -> str:
 
 
 def write_page(results: Path) -> None:
-    """results/README.md."""
+    """Write results/README.md."""
     write_atomically(results / "README.md", page(results))
 
 
 def write_picture(table: Table, results: Path) -> None:
-    """results/TABLE.png: top-1 of every run, and over the epochs top-1 and dead units, means over the seeds."""
+    """Draw results/TABLE.png: top-1 of every run, and over the epochs top-1 and dead units, means over the seeds."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure  # here, since it takes long to import
 
     rows, epochs = read_rows(results / f"{table.name}.csv"), read_rows(results / f"{table.name}_epochs.csv")
@@ -155,22 +165,25 @@ def write_picture(table: Table, results: Path) -> None:
     figure = Figure(figsize=(13, max(3.4, 0.28 * len(variants) + 1.2)), layout="constrained")
     figure.suptitle(table.title)
     dots, accuracy, dead = figure.subplots(1, 3)
-    for i, name in enumerate(variants):
+    colors = colormaps["tab10" if len(variants) <= 10 else "tab20"].colors
+    for i, (name, color) in enumerate(zip(variants, colors, strict=False)):
         values = list(by_seed(rows, name, "top1").values())
-        dots.plot(values, [i] * len(values), "o", alpha=0.5, color=f"C{i % 10}")
+        dots.plot(values, [i] * len(values), "o", alpha=0.5, color=color)
         dots.plot([level(rows, name).mean], [i], "|", markersize=16, color="black")
-        draw_epochs(accuracy, epochs, name, "top1", 1, f"C{i % 10}")
-        draw_epochs(dead, epochs, name, "dead_units", 100, f"C{i % 10}")
+        draw_epochs(accuracy, epochs, name, "top1", 1, color)
+        draw_epochs(dead, epochs, name, "dead_units", 100, color)
     if table.baseline in variants:
         dots.axvline(level(rows, table.baseline).mean, color="gray", linewidth=0.8, linestyle=":")
     dots.set(yticks=range(len(variants)), yticklabels=variants, xlabel="top-1 (%), each run and the mean")
-    dots.invert_yaxis()
+    dots.set_ylim(len(variants) - 0.5, -0.5)
+    for tick, color in zip(dots.get_yticklabels(), colors, strict=False):
+        tick.set_color(color)
     accuracy.set(xlabel="epoch", ylabel="top-1 (%)")
     dead.set(xlabel="epoch", ylabel="dead units (%)")
     save_figure(figure, results / f"{table.name}.png")
 
 
-def draw_epochs(axes: Axes, epochs: list[dict[str, Any]], variant: str, column: str, factor: float, color: str) -> None:
+def draw_epochs(axes: Axes, epochs: list[dict[str, Any]], variant: str, column: str, factor: float, color: Any) -> None:
     """The mean of a column over the seeds, by epoch; no line if there are no numbers."""
     numbers = sorted({int(row["epoch"]) for row in epochs if row["variant"] == variant})
     means = [level([row for row in epochs if row["epoch"] == str(epoch)], variant, column).mean for epoch in numbers]

@@ -58,7 +58,13 @@ class DeepMLP(nn.Module):
     """Equally wide linear layers with ReLU between them and nothing else; weights as in He et al. 2015."""
 
     def __init__(
-        self, depth: int = 50, width: int = 128, num_classes: int = 10, in_chans: int = 3, img_size: Any = 32
+        self,
+        depth: int = 50,
+        width: int = 128,
+        num_classes: int = 10,
+        in_chans: int = 3,
+        img_size: Any = 32,
+        drop_rate: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
@@ -66,6 +72,7 @@ class DeepMLP(nn.Module):
         self.layers = nn.Sequential(nn.Flatten())
         for before, after in pairwise(widths):
             self.layers.extend([nn.Linear(before, after), nn.ReLU()])
+        self.drop = nn.Dropout(drop_rate)
         self.head = nn.Linear(width, num_classes)
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -74,7 +81,7 @@ class DeepMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) to logits (B, num_classes)."""
-        return self.head(self.layers(x))
+        return self.head(self.drop(self.layers(x)))
 
 
 _CFG = {"url": "", "num_classes": 10, "input_size": (3, 32, 32), "fixed_input_size": True, "first_conv": "layers.1"}
