@@ -11,9 +11,7 @@ A table is a YAML file in scripts/reproduce/, or one of your own (timm_sugar/exp
 same command again skips what is done and continues what was cut off. After each run, results/TABLE.csv gets its row and
 results/TABLE_epochs.csv its epochs; at the end come the picture, results/README.md and, here, the differences.
 
-A table with a `subset` trains on `per_class` images of each class of the training split: those whose pixels have the
-lowest SHA-256, the same ones whatever the files are called. With `held_out`, validation is on the next so many of them
-instead of the validation split: to choose settings.
+A table with a `subset` trains on a fixed part of the training split (timm_sugar/subset.py), which is written to OUTPUT.
 """
 
 from __future__ import annotations
@@ -29,19 +27,18 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from hashlib import sha256
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
-from PIL import Image
 
 from timm_sugar.cli import Parser, UserError, as_options, choose_device, explained
 from timm_sugar.data import open_dataset
 from timm_sugar.evidence import compare, write_page, write_picture
 from timm_sugar.experiments import COLUMNS, CURVES, TABLES, Table, list_tables, load_table, read_rows, write_rows
 from timm_sugar.runs import environment, read_summary, write_atomically
+from timm_sugar.subset import make_noise, make_subset
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("top1", "top5", "dead_units", "sparsity")
@@ -67,63 +64,11 @@ def build_parser() -> Parser:
     return parser
 
 
-def make_noise(root: Path, size: int) -> None:
-    """Random images of four classes, 8 each to train on and 2 each to validate: for the smoke test."""
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 8), ("validation", 2)):
-        for label in range(4):
-            (root / split / str(label)).mkdir(parents=True)
-            for i in range(count):
-                pixels = generator.integers(0, 255, (size, size, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / str(label) / f"{i}.png")
-
-
-def ranked(args: argparse.Namespace, split: str) -> dict[int, list[tuple[str, int]]]:
-    """For each class of a split the SHA-256 of the pixels and the index of each image, lowest first."""
-    images: Any = open_images(args, split)
-    by_class: dict[int, list[tuple[str, int]]] = {}
-    for i in range(len(images)):
-        image, label = images[i]
-        by_class.setdefault(int(label), []).append((sha256(image.tobytes()).hexdigest(), i))
-    return {label: sorted(entries) for label, entries in by_class.items()}
-
-
-def open_images(args: argparse.Namespace, split: str) -> Any:
-    """A split as pairs of an RGB image and a label. Raises DataError."""
-    images: Any = open_dataset(args.dataset or "", args.data_dir, split, download=args.dataset_download)
-    images.transform = lambda image: image.convert("RGB")
-    return images
-
-
-def make_subset(args: argparse.Namespace, root: Path, per_class: int, held_out: int = 0) -> None:
-    """Write the images of a subset and what it is validated on below `root`, whole or not at all.
-
-    Raises UserError if a class has too few images.
-    """
-    train = ranked(args, "train")
-    parts = [("train", "train", {label: entries[:per_class] for label, entries in train.items()})]
-    rest = {label: entries[per_class : per_class + held_out] for label, entries in train.items()}
-    parts.append(
-        ("validation", "train", rest) if held_out else ("validation", "validation", ranked(args, "validation"))
-    )
-    if min(map(len, train.values()), default=0) < per_class + held_out:
-        raise UserError(f"a class has fewer than the {per_class + held_out} images that this table's subset needs")
-    partial = root.with_name(f"tmp-{root.name}")
-    shutil.rmtree(partial, ignore_errors=True)
-    for split, source, chosen in parts:
-        images = open_images(args, source)
-        for label, entries in chosen.items():
-            folder = partial / split / f"{label:04}"
-            folder.mkdir(parents=True)
-            for rank, (_, i) in enumerate(entries):
-                images[i][0].save(folder / f"{rank:05}.png")
-    partial.rename(root)
-
-
 def data_options(table: Table, args: argparse.Namespace) -> list[str]:
     """Where scripts/train.py finds the images; makes a subset if the table asks for one that isn't there yet."""
     if not table.network:
         return []
+    open_split = partial(open_dataset, args.dataset or "", args.data_dir, download=args.dataset_download)
     if args.smoke or table.subset:
         name = "noise" if args.smoke else "-".join(["subset", *(f"{k}-{v}" for k, v in (table.subset or {}).items())])
         root = args.output / name
@@ -132,7 +77,8 @@ def data_options(table: Table, args: argparse.Namespace) -> list[str]:
             make_noise(root, table.options.get("img_size", 32))
         elif not root.exists():
             print(f"choosing the images of {root}", flush=True)
-            make_subset(args, root, **(table.subset or {}))
+            with explained(f"can't write {root}"):
+                make_subset(open_split, root, **(table.subset or {}))
         return ["--data-dir", str(root)]
     named = {"data_dir": args.data_dir, "dataset": args.dataset, "dataset_download": args.dataset_download}
     return [word for key, value in named.items() if value for word in as_options(key, value)]
@@ -149,17 +95,20 @@ class Run:
 
     def read(self) -> dict[str, Any] | None:
         """The record of a run that is done. Raises UserError if the table has other settings since it was begun."""
-        other = UserError(f"{self.folder} was made with other settings than the table has now: choose another --output")
+        record = None
         if self.record.exists():
             record = json.loads(self.record.read_text())
-            if record["row"]["command"] != self.command:
-                raise other
-            return record
-        if (self.folder / "args.yaml").exists():
+            same = record["row"]["command"] == self.command
+        elif (self.folder / "args.yaml").exists():
             args = yaml.safe_load((self.folder / "args.yaml").read_text())
-            if any(args.get(key) != value for key, value in self.settings.items()):
-                raise other
-        return None
+            same = all(args.get(key) == value for key, value in self.settings.items())
+        else:
+            return None
+        if not same:
+            raise UserError(
+                f"{self.folder} was made with other settings than the table has now: choose another --output"
+            )
+        return record
 
     @contextmanager
     def locked(self) -> Iterator[int]:
@@ -172,31 +121,33 @@ class Run:
             yield file.fileno()
 
     def train(self, options: Sequence[str]) -> None:
-        """Start or continue the run in a process of its own, and write its record. Raises UserError if that fails."""
+        """Start or continue the run, and write its record. Raises UserError if that fails."""
         with self.locked() as lock:
             epochs = self.settings["epochs"]
             if len(read_summary(self.folder, epochs)) < epochs:
-                words = [word for key, value in self.settings.items() for word in as_options(key, value)]
-                place = ["--output", str(self.folder.parent), "--experiment", self.name]
-                path = os.pathsep.join(filter(None, [str(TABLES), os.environ.get("PYTHONPATH")]))
-                done = subprocess.run(
-                    [sys.executable, str(ROOT / self.table.script), *words, *place, *options],
-                    env={**os.environ, "PYTHONPATH": path}, pass_fds=(lock,), check=False,
-                )  # fmt: skip
-                if done.returncode == 130:
+                status = self.start(options, lock)
+                if status == 130:
                     raise KeyboardInterrupt
-                if done.returncode:
-                    raise UserError(
-                        f"run {self.name} failed (status {done.returncode}), see above; then the same again"
-                    )
+                if status:
+                    raise UserError(f"run {self.name} failed (status {status}), see above; then the same again")
             write_atomically(self.record, json.dumps(self.summarize(epochs), indent=1))
+
+    def start(self, options: Sequence[str], lock: int) -> int:
+        """Train in a process of its own; returns its exit status."""
+        words = [word for key, value in self.settings.items() for word in as_options(key, value)]
+        place = ["--output", str(self.folder.parent), "--experiment", self.name]
+        path = os.pathsep.join(filter(None, [str(TABLES), os.environ.get("PYTHONPATH")]))
+        return subprocess.run(
+            [sys.executable, str(ROOT / self.table.script), *words, *place, *options],
+            env={**os.environ, "PYTHONPATH": path}, pass_fds=(lock,), check=False,
+        ).returncode  # fmt: skip
 
     def summarize(self, epochs: int) -> dict[str, Any]:
         """The rows of the results: one of the run, and one for each epoch."""
         args = yaml.safe_load((self.folder / "args.yaml").read_text())
         own, curves = {"variant": self.variant, "seed": self.seed}, []
         for row in read_summary(self.folder, epochs):
-            numbers = {key: shown(row.get(f"eval_{key}", "")) for key in METRICS}
+            numbers = {key: shown(row.get(f"eval_{key}", "")).replace("nan", "") for key in METRICS}  # no such units
             curves.append({"epoch": int(row["epoch"]), **own, "train_loss": shown(row["train_loss"]), **numbers})
         last = {key: value for key, value in curves[-1].items() if key in COLUMNS}
         device = environment(choose_device(args.get("device")))
@@ -205,8 +156,8 @@ class Run:
 
 
 def shown(number: str) -> str:
-    """Four decimals; what isn't there or has no meaning (NaN: no such units) stays empty, a diverged loss infinite."""
-    return "" if number in ("", "nan") else f"{float(number):.4f}"
+    """Four decimals; what isn't there stays empty."""
+    return f"{float(number):.4f}" if number else ""
 
 
 def collect(table: Table, results: Path, records: list[dict[str, Any]]) -> None:
@@ -220,8 +171,9 @@ def collect(table: Table, results: Path, records: list[dict[str, Any]]) -> None:
     place = {name: i for i, name in enumerate(table.variants)}
     rows.sort(key=lambda row: (place[row["variant"]], int(row["seed"])))
     epochs.sort(key=lambda row: (place[row["variant"]], int(row["seed"]), int(row["epoch"])))
-    write_rows(curves, epochs, CURVES)
-    write_rows(path, rows, COLUMNS)
+    with explained(f"can't write to {results}"):
+        write_rows(curves, epochs, CURVES)
+        write_rows(path, rows, COLUMNS)
 
 
 def run_of(row: dict[str, Any]) -> tuple[str, int]:

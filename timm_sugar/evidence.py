@@ -34,7 +34,7 @@ COLUMNS = ("variant", "n", "top-1 (%)", "minus `{}` (points)", "minus the activa
 def spread(value: Estimate, digits: int = 2, factor: float = 1) -> str:
     """Mean ± standard deviation; the mean alone for one seed, nothing without a number."""
     if not math.isfinite(value.mean):
-        return ""
+        return "diverged" if value.n else ""
     text = f"{factor * value.mean:.{digits}f}"
     return text if math.isnan(value.spread) else f"{text} ± {factor * value.spread:.{digits}f}"
 

@@ -11,9 +11,8 @@
       sugar-nelu: {sugar: nelu, alpha: 0.05}     # ReLU with the gradient of the surrogate
       small-steps: {plain: relu, options: {lr: 0.001}}
 
-Further keys: `note`, a sentence for the page; `script` (scripts/train.py); `subset` (which images; see
-scripts/reproduce.py); and `base`, another table from which everything comes that this one doesn't say; `options` are
-merged.
+Further keys: `note`, a sentence for the page; `script` (scripts/train.py); `subset`, the arguments of `make_subset`
+(subset.py); and `base`, another table from which everything comes that this one doesn't say; `options` are merged.
 """
 
 from __future__ import annotations
