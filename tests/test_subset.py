@@ -79,7 +79,8 @@ def test_torchvisions_data_sets_give_the_same_subset(tmp_path: Path, data: Path)
 
 def test_too_few_images_or_a_stream_leave_nothing_behind(tmp_path: Path, data: Path) -> None:
     class Stream(IterableDataset):
-        pass
+        def __iter__(self) -> Any:
+            yield from ()
 
     for source, message in ((folder(data), "fewer than the 9"), (lambda split: Stream(), "stream")):
         with pytest.raises(DataError, match=message):
