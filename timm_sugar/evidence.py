@@ -165,8 +165,8 @@ def write_picture(table: Table, results: Path) -> None:
     figure = Figure(figsize=(13, max(3.4, 0.28 * len(variants) + 1.2)), layout="constrained")
     figure.suptitle(table.title)
     dots, accuracy, dead = figure.subplots(1, 3)
-    colors = colormaps["tab10" if len(variants) <= 10 else "tab20"].colors
-    for i, (name, color) in enumerate(zip(variants, colors, strict=False)):
+    colors = colormaps["tab10" if len(variants) <= 10 else "tab20"](range(len(variants)))
+    for i, (name, color) in enumerate(zip(variants, colors, strict=True)):
         values = list(by_seed(rows, name, "top1").values())
         dots.plot(values, [i] * len(values), "o", alpha=0.5, color=color)
         dots.plot([level(rows, name).mean], [i], "|", markersize=16, color="black")
@@ -176,7 +176,7 @@ def write_picture(table: Table, results: Path) -> None:
         dots.axvline(level(rows, table.baseline).mean, color="gray", linewidth=0.8, linestyle=":")
     dots.set(yticks=range(len(variants)), yticklabels=variants, xlabel="top-1 (%), each run and the mean")
     dots.set_ylim(len(variants) - 0.5, -0.5)
-    for tick, color in zip(dots.get_yticklabels(), colors, strict=False):
+    for tick, color in zip(dots.get_yticklabels(), colors, strict=True):
         tick.set_color(color)
     accuracy.set(xlabel="epoch", ylabel="top-1 (%)")
     dead.set(xlabel="epoch", ylabel="dead units (%)")
