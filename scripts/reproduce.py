@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -217,8 +218,9 @@ def run_table(table: Table, args: argparse.Namespace) -> None:
 
 
 def smoke_of(table: Table, patterns: Sequence[str]) -> Table:
-    """The first four variants that match, one epoch and one seed each."""
-    variants = {name: table.variants[name] for name in chosen_variants(table, patterns)[:4]}
+    """At most four of the variants that match, evenly spaced, so of every kind; one epoch and one seed each."""
+    names = chosen_variants(table, patterns)
+    variants = {name: table.variants[name] for name in names[:: math.ceil(len(names) / 4)]}
     options = {**table.options, **(SMOKE if table.network else {"epochs": 1})}
     return replace(table, seeds=1, options=options, variants=variants, subset=None)
 
