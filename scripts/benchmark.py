@@ -28,6 +28,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # before torch is imported, whose profiler talks
+
 import torch
 
 from timm_sugar.benchmark import calls_for, count_compilation, in_new_process, interleave, stopwatch
@@ -119,7 +121,7 @@ def setting_of(work: Workload) -> dict[str, object]:
 
 
 def measure_steps(args: argparse.Namespace, work: Workload, **along: object) -> None:
-    """Time of a training step; where it doesn't stand for growth, also what is saved and how it was compiled."""
+    """Time of a training step; where it doesn't stand for growth, also bytes kept for backward, and compilations."""
     torch._dynamo.reset()
     steps = {variant: work.training_step(variant) for variant in args.variants}
     compilations = {variant: count_compilation(step) for variant, step in steps.items()}  # warms up as well
@@ -129,8 +131,8 @@ def measure_steps(args: argparse.Namespace, work: Workload, **along: object) -> 
     setting = setting_of(work) | along
     report(args, setting, "step", "s", samples)
     if not along:
-        saved = {variant: [float(step.saved_bytes())] for variant, step in steps.items()}
-        report(args, setting, "saved", "byte", saved)
+        kept = {variant: [float(step.kept_bytes())] for variant, step in steps.items()}
+        report(args, setting, "kept", "byte", kept)
     if work.compile:
         for name in ("graph_breaks", "recompiles"):
             counts = {variant: [float(getattr(count, name))] for variant, count in compilations.items()}
@@ -249,7 +251,9 @@ def build_parser() -> Parser:
     add("--exponents", nargs="+", type=int, default=exponents, metavar="K", help="2^K elements (default: 12 14 ... 24)")
     add("--least", type=float, default=1e-2, metavar="S", help="seconds of one measurement (default: %(default)s)")
 
-    add = command("model", measure_model, "a step of training: time, bytes saved, graph breaks and recompiles")
+    add = command(
+        "model", measure_model, "a step of training: time, bytes kept for backward, graph breaks and recompiles"
+    )
     of_models(add, MODELS, 10, 8)
 
     add = command("inference", measure_inference, "a forward pass with gradients off: time, and the exported graph")

@@ -124,7 +124,7 @@ def draw(theme: Theme) -> Figure:
 
 
 def draw_times(axes: Axes, theme: Theme, rows: list[Row]) -> None:
-    """Time over ReLU's against the number of elements, a line for each variant; quartiles of SUGAR and GELU are shaded."""
+    """Time over ReLU's against the number of elements, a line a variant; quartiles of SUGAR and GELU are shaded."""
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.yaxis.set_major_formatter("{x:g}")

@@ -128,23 +128,44 @@ def test_variants_of_a_network_differ_in_nothing_but_their_activations() -> None
 
 
 @pytest.mark.parametrize(
-    ("activation", "expected"),
+    ("activation", "tensors"),
     [
-        (nn.ReLU(), 4 * 8 * 4 + 4 * 16 * 4),  # the images, and relu(x): for its own gradient and the next layer's
-        (nn.Sigmoid(), 4 * 8 * 4 + 4 * 16 * 4),
-        (SUGAR(), 4 * 8 * 4 + 2 * 4 * 16 * 4),  # x as well
-        (variants.make_activation("function", {}), 4 * 8 * 4 + 2 * 4 * 16 * 4),
-        (nn.Identity(), 4 * 8 * 4 + 4 * 16 * 4),
+        (nn.ReLU(), 1),  # its result, for its own gradient and the next layer's
+        (nn.Sigmoid(), 1),
+        (nn.Identity(), 1),
+        (SUGAR(), 2),  # the pre-activation as well
+        (variants.make_activation("function", {}), 2),
+        (variants.make_activation("fgi", {}), 2),  # the derivative and the result
+        (variants.make_activation("detach", {}), 3),  # x + alpha, the sigmoid, the result
     ],
-    ids=["relu", "sigmoid", "sugar", "function", "identity"],
+    ids=["relu", "sigmoid", "identity", "sugar", "function", "fgi", "detach"],
 )
-def test_bytes_saved_are_those_counted_by_hand(activation: nn.Module, expected: int) -> None:
-    model = nn.Sequential(nn.Linear(8, 16), activation, nn.Linear(16, 2))
-    x = torch.randn(4, 8)
-    assert benchmark.saved_bytes(lambda: model(x), model.parameters()) == expected
-    assert benchmark.saved_bytes(lambda: model(x)) == expected + 16 * 2 * 4  # the second layer's weights
+def test_bytes_kept_are_those_counted_by_hand(activation: nn.Module, tensors: int) -> None:
+    model, x = nn.Sequential(nn.Linear(8, 16), activation, nn.Linear(16, 2)), torch.randn(4, 8)
+    for _ in range(2):
+        assert benchmark.kept_bytes(lambda: model(x)) == tensors * 4 * 16 * 4 + 4 * 2 * 4
     with torch.no_grad():
-        assert benchmark.saved_bytes(lambda: model(x)) == 0
+        assert benchmark.kept_bytes(lambda: model(x)) == 4 * 2 * 4
+
+
+@pytest.mark.parametrize("variant", ["own", "relu", "gelu", "sugar", "function"])
+def test_bytes_kept_by_a_network_are_the_storages_that_autograd_saves(variant: str) -> None:
+    step = Workload("test_resnet", batch_size=2, img_size=32, dtype="float32").training_step(variant)
+    known = {x.untyped_storage().data_ptr() for x in [step.images, *step.model.parameters(), *step.model.buffers()]}
+    storages: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = step.loss()
+    saved = sum(storage.nbytes() for address, storage in storages.items() if address not in known)
+    del loss
+    storages.clear()
+    labels = step.labels.nbytes  # saved, too, and there before
+    assert step.kept_bytes() == pytest.approx(saved - labels, abs=64)  # the loss and other scalars
 
 
 def test_graph_breaks_and_recompilations_are_counted() -> None:
@@ -256,10 +277,10 @@ def test_a_model_is_measured_in_training_and_in_inference(tmp_path: Path) -> Non
     options = [*TINY, "--output", str(tmp_path), "--model-kwargs", "surrogate=nelu", "alpha=0.05"]
     assert script.main(["model", *options]) == 0
     rows = {(row["variant"], row["metric"]): row for row in columns(tmp_path / "benchmark_model.csv")}
-    assert rows.keys() == {(name, metric) for name in ("own", "relu", "sugar") for metric in ("step", "saved")}
+    assert rows.keys() == {(name, metric) for name in ("own", "relu", "sugar") for metric in ("step", "kept")}
     assert rows["sugar", "step"]["surrogate"] == "surrogate='nelu', alpha=0.05"
-    assert rows["own", "saved"]["to_relu"] == "1.0000"
-    assert float(rows["sugar", "saved"]["to_relu"]) > 1
+    assert rows["own", "kept"]["to_relu"] == "1.0000"
+    assert float(rows["sugar", "kept"]["to_relu"]) > 1
     assert script.main(["inference", *options]) == 0
     rows = {(row["variant"], row["metric"]): row for row in columns(tmp_path / "benchmark_inference.csv")}
     assert rows["sugar", "same_graph"]["median"] == rows["relu", "same_graph"]["median"] == "1"

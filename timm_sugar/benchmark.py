@@ -11,14 +11,14 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
 from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
 
 Result = TypeVar("Result")
 
@@ -94,24 +94,20 @@ def calls_for(work: Callable[[], object], device: str, least: float) -> int:
     return max(1, math.ceil(least / max(fastest, 1e-6)))
 
 
-def saved_bytes(forward: Callable[[], object], without: Iterable[Tensor] = ()) -> int:
-    """Bytes of memory that `forward` saves for its backward pass, each storage counted once.
-
-    Storages of `without` don't count: weights are there anyway. Works for compiled models too.
+def kept_bytes(forward: Callable[[], object], device: str = "cpu") -> int:
+    """Bytes that `forward` allocates and that are still there when it has returned: its result, and what it keeps for
+    the backward pass, in whatever way (saved tensors, hooks, compiled code). Warm up first.
     """
-    known = {tensor.untyped_storage().data_ptr() for tensor in without}
-    storages: dict[int, torch.UntypedStorage] = {}  # held, so that no other one gets its address meanwhile
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            storages[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    kind = torch.device(device).type
+    if kind != "cpu":
+        allocated = torch.mps.current_allocated_memory if kind == "mps" else torch.accelerator.memory_allocated
+        before = allocated()
+        result = forward()
+        return allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         result = forward()
     del result
-    return sum(storage.nbytes() for storage in storages.values())
+    return sum(event.self_cpu_memory_usage for event in seen.events())
 
 
 class Compilation(NamedTuple):

@@ -47,7 +47,7 @@ TITLES = {
 }
 METRICS = {
     "step": "training step",
-    "saved": "bytes saved for backward",
+    "kept": "bytes kept for backward",
     "peak": "peak memory of the process",
     "added": "peak memory, added by training",
     "forward": "inference",

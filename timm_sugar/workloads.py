@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from timm_sugar.benchmark import peak_bytes, saved_bytes
+from timm_sugar.benchmark import kept_bytes, peak_bytes
 from timm_sugar.variants import make_model
 
 
@@ -48,9 +48,10 @@ class TrainingStep:
         self.loss().backward()
         self.optimizer.step()
 
-    def saved_bytes(self) -> int:
-        """What the forward pass saves for the backward pass."""
-        return saved_bytes(self.loss, [*self.model.parameters(), *self.model.buffers()])
+    def kept_bytes(self) -> int:
+        """What the forward pass keeps for the backward pass."""
+        self.optimizer.zero_grad()
+        return kept_bytes(self.loss, self.images.device.type)
 
 
 @dataclass(frozen=True)
