@@ -89,8 +89,8 @@ def measure_activation(args: argparse.Namespace) -> None:
         activations = {variant: torch.compile(module, dynamic=True) for variant, module in activations.items()}
     for dtype in args.dtypes:
         for exponent in args.exponents:
-            x = torch.randn(2**exponent, device=args.device).to(getattr(torch, dtype))
-            passes = {variant: activation_pass(module, x) for variant, module in activations.items()}
+            x, upstream = torch.randn(2, 2**exponent, device=args.device).to(getattr(torch, dtype))
+            passes = {variant: activation_pass(module, x, upstream) for variant, module in activations.items()}
             watches = {
                 variant: stopwatch(work, args.device, calls_for(work, args.device, args.least))
                 for variant, work in passes.items()
@@ -178,6 +178,8 @@ def measure_growth(args: argparse.Namespace) -> None:
     """The `growth` command: the same step for batches, images, networks and groups of processes of growing size."""
     base = args.model[0]
     if "WORLD_SIZE" in os.environ:  # torchrun started this process
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
         size = torch.distributed.get_world_size()
         measure_steps(args, workload(args, base), axis="processes", size=size, processes=size)
@@ -190,11 +192,20 @@ def measure_growth(args: argparse.Namespace) -> None:
         for size, work in works.get(axis, []):
             measure_steps(args, work, axis=axis, size=size)
     if "processes" in args.axes:
-        for count in args.processes:
-            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
-            threads = str(args.threads or max(1, torch.get_num_threads() // max(args.processes)))  # of each process
-            command = [*launcher, __file__, *args.argv]
-            subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": threads}, check=True)
+        launch(args)
+
+
+def launch(args: argparse.Namespace) -> None:
+    """Run this command once more under torchrun, for each number of processes that the device has room for."""
+    room = {"cpu": max(args.processes), "cuda": torch.cuda.device_count()}.get(args.device, 0)
+    threads = str(args.threads or max(1, torch.get_num_threads() // max(args.processes)))  # of each process
+    for count in args.processes:
+        if count > room:
+            print(f"no measurement with {count} processes: {args.device} has room for {room}")
+            continue
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        command = [*launcher, __file__, *args.argv]
+        subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": threads}, check=True)
 
 
 def count_activations(work: Workload) -> int:
@@ -207,11 +218,19 @@ def measure_all(args: argparse.Namespace) -> None:
     """The `all` command: each part is a process, and its rows are on disk when it ends."""
     passed = ["--output", str(args.output)]
     passed += ["--device", args.device, *(["--threads", str(args.threads)] if args.threads else [])]
-    passed += ["--model-kwargs", *(f"{key}={value}" for key, value in args.model_kwargs.items())]
+    if args.model_kwargs:
+        passed += ["--model-kwargs", *(f"{key}={value}" for key, value in args.model_kwargs.items())]
     for number, part in enumerate(PARTS[args.start - 1 :], args.start):
         print(f"== part {number} of {len(PARTS)}: {' '.join(part)}", flush=True)
         subprocess.run([sys.executable, __file__, *part, *passed], check=True)
     print("== now run scripts/tables.py and scripts/figures.py")
+
+
+def positive(text: str) -> int:
+    """A number of something, at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, not {text!r}")
+    return int(text)
 
 
 def build_parser() -> Parser:
@@ -224,7 +243,7 @@ def build_parser() -> Parser:
         added = commands.add_parser(name, help=text, description=text)
         add = added.add_argument
         add("--device", help="cuda, mps or cpu (default: the first of these that is there)")
-        add("--threads", type=int, metavar="N", help="of a CPU (default: PyTorch's)")
+        add("--threads", type=positive, metavar="N", help="of a CPU (default: PyTorch's)")
         add("--output", type=Path, default=RESULTS, metavar="DIR", help="(default: results/)")
         add("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="SUGAR's: surrogate, alpha")
         added.set_defaults(do=do, **defaults)
@@ -232,15 +251,15 @@ def build_parser() -> Parser:
 
     def of_variants(add: Any, variants: Sequence[str], repeats: int) -> None:
         add("--variants", nargs="+", default=variants, metavar="V", help=f"(default: {' '.join(variants)})")
-        add("--repeats", type=int, default=repeats, metavar="N", help="(default: %(default)s)")
+        add("--repeats", type=positive, default=repeats, metavar="N", help="(default: %(default)s)")
         add("--compile", action="store_true", help="torch.compile, of the whole")
 
     def of_models(add: Any, models: Sequence[str], repeats: int, batch_size: int, img_size: int | None = None) -> None:
         of_variants(add, OF_MODELS, repeats)
         add("--model", nargs="+", default=models, metavar="NAME", help=f"timm's (default: {' '.join(models)})")
-        add("--batch-size", type=int, default=batch_size, metavar="N", help="(default: %(default)s)")
+        add("--batch-size", type=positive, default=batch_size, metavar="N", help="(default: %(default)s)")
         size = img_size or "the model's"
-        add("--img-size", type=int, default=img_size, metavar="N", help=f"pixels a side (default: {size})")
+        add("--img-size", type=positive, default=img_size, metavar="N", help=f"pixels a side (default: {size})")
         add("--amp-dtype", default="bfloat16", choices=DTYPES, help="of autocast, float32: none (default: %(default)s)")
         add("--channels-last", action="store_true", help="memory format of images and weights")
 
@@ -248,7 +267,14 @@ def build_parser() -> Parser:
     of_variants(add, OF_ACTIVATIONS, 15)
     add("--dtypes", nargs="+", default=("float32", "bfloat16"), choices=DTYPES, help="(default: float32 bfloat16)")
     exponents = range(12, 25, 2)
-    add("--exponents", nargs="+", type=int, default=exponents, metavar="K", help="2^K elements (default: 12 14 ... 24)")
+    add(
+        "--exponents",
+        nargs="+",
+        type=positive,
+        default=exponents,
+        metavar="K",
+        help="2^K elements (default: 12 14 ... 24)",
+    )
     add("--least", type=float, default=1e-2, metavar="S", help="seconds of one measurement (default: %(default)s)")
 
     add = command(
@@ -261,18 +287,25 @@ def build_parser() -> Parser:
 
     add = command("memory", measure_memory, "peak memory of a process that trains")
     of_models(add, (MODELS[0], MODELS[2]), 3, 8)
-    add("--steps", type=int, default=3, metavar="N", help="of training (default: %(default)s)")
+    add("--steps", type=positive, default=3, metavar="N", help="of training (default: %(default)s)")
 
     add = command("growth", measure_growth, "how the time of a step grows")
     of_models(add, MODELS[:1], 8, 16, 64)
     add("--axes", nargs="+", default=AXES, choices=AXES, help=f"(default: {' '.join(AXES)})")
-    add("--batch-sizes", nargs="+", type=int, default=(8, 16, 32, 64), metavar="N", help="(default: 8 16 32 64)")
-    add("--img-sizes", nargs="+", type=int, default=(32, 64, 128, 224), metavar="N", help="(default: 32 64 128 224)")
+    add("--batch-sizes", nargs="+", type=positive, default=(8, 16, 32, 64), metavar="N", help="(default: 8 16 32 64)")
+    add(
+        "--img-sizes",
+        nargs="+",
+        type=positive,
+        default=(32, 64, 128, 224),
+        metavar="N",
+        help="(default: 32 64 128 224)",
+    )
     add("--depths", nargs="+", default=DEPTHS, metavar="NAME", help=f"networks (default: {' '.join(DEPTHS)})")
-    add("--processes", nargs="+", type=int, default=(1, 2), metavar="N", help="(default: 1 2)")
+    add("--processes", nargs="+", type=positive, default=(1, 2), metavar="N", help="(default: 1 2)")
 
     add = command("all", measure_all, "all of the above, one after the other")
-    add("--start", type=int, default=1, choices=range(1, len(PARTS) + 1), help="number of the part to begin with")
+    add("--start", type=positive, default=1, choices=range(1, len(PARTS) + 1), help="number of the part to begin with")
     return parser
 
 

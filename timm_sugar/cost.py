@@ -20,7 +20,7 @@ import torch
 
 from timm_sugar.benchmark import ratios, slope, spread
 from timm_sugar.runs import write_atomically
-from timm_sugar.variants import OWN
+from timm_sugar.variants import OWN, describe
 from timm_sugar.version import __version__
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +40,7 @@ TITLES = {
     "gelu": "GELU",
     "sugar": "SUGAR",
     "sugar:shared_buffer=True": "SUGAR, shared buffer",
+    "sugar:shared_buffer=False": "SUGAR, own buffer",
     "function": "autograd.Function",
     "fgi": "FGI",
     "detach": "detach",
@@ -137,6 +138,11 @@ def record(path: Path, rows: Iterable[Row]) -> None:
     write_atomically(path, text.getvalue())
 
 
+def of_default(rows: Iterable[Row]) -> list[Row]:
+    """The rows that tables and pictures show: those whose surrogate is the default one, or that have none."""
+    return [row for row in rows if not row["surrogate"] or row["surrogate"].startswith(describe("sugar", {}))]
+
+
 def cell(row: Row | None, name: str = "to_relu") -> str:
     """A ratio as it stands in a table: the median, and the quartiles where they differ from it."""
     if not row or not row[name]:
@@ -209,7 +215,7 @@ def growth_table(rows: list[Row]) -> str:
 def tables(results: Path) -> str:
     """All tables in Markdown, for each machine that there are rows of in `results`."""
     names = ("activation", "model", "memory", "inference", "growth")
-    rows = [row | {"file": name} for name in names for row in load(results / f"benchmark_{name}.csv")]
+    rows = [row | {"file": name} for name in names for row in of_default(load(results / f"benchmark_{name}.csv"))]
     parts = []
     for (device, processor, cores), found in _groups(rows, ("device", "machine", "cores")).items():
         threads, version = found[0]["threads"], found[0]["torch"]

@@ -16,9 +16,9 @@ from timm_sugar.benchmark import kept_bytes, peak_bytes
 from timm_sugar.variants import make_model
 
 
-def activation_pass(activation: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], None]:
-    """Forward and backward pass of one activation; x: any shape."""
-    x, upstream = x.detach().requires_grad_(), torch.ones_like(x)
+def activation_pass(activation: Callable[[Tensor], Tensor], x: Tensor, upstream: Tensor) -> Callable[[], None]:
+    """Forward and backward pass of one activation; x, and the gradient that comes from upstream: any shape."""
+    x = x.detach().requires_grad_()
 
     def work() -> None:
         torch.autograd.grad(activation(x), x, upstream)
