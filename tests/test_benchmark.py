@@ -62,9 +62,11 @@ def test_slope_of_a_power_law_is_its_exponent(exponent: float) -> None:
     assert benchmark.slope(sizes, [7 * size**exponent for size in sizes]) == pytest.approx(exponent, abs=1e-12)
 
 
-def test_a_watch_takes_as_many_calls_as_it_is_told() -> None:
+def test_a_watch_tells_the_time_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[None] = []
-    assert benchmark.stopwatch(lambda: calls.append(None), calls=7)() > 0
+    with monkeypatch.context() as clock:
+        clock.setattr(benchmark.time, "perf_counter", lambda: 3.0 * len(calls))  # each call takes three seconds
+        assert benchmark.stopwatch(lambda: calls.append(None), calls=7)() == 3.0
     assert len(calls) == 7
     assert benchmark.calls_for(lambda: sum(range(1000)), "cpu", least=0.01) > 10
     assert benchmark.calls_for(lambda: None, "cpu", least=0.0) == 1
@@ -182,6 +184,7 @@ def test_graph_breaks_and_recompilations_are_counted() -> None:
     assert benchmark.count_compilation(lambda: whole(torch.ones(next(sizes), 1)), steps=4) == (0, 3)
     broken = torch.compile(breaks, backend="eager")
     assert benchmark.count_compilation(lambda: broken(torch.ones(3))) == (1, 0)
+    assert benchmark.count_compilation(lambda: whole(torch.ones(3))) == (0, 0)  # of the function alone
     torch._dynamo.reset()
 
 
@@ -204,6 +207,13 @@ def test_images_are_of_the_size_that_is_asked_for() -> None:
     last = Workload("test_resnet", batch_size=2, img_size=32, channels_last=True)
     assert last.images().is_contiguous(memory_format=torch.channels_last)
     assert last.model("sugar").conv1[0].weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_the_exported_graph_is_that_of_inference_with_relu() -> None:
+    graph = Workload("test_resnet", batch_size=2, img_size=32).exported_graph("sugar")
+    assert graph.count("aten.relu.default") == 12
+    assert "timm_sugar" not in graph
+    assert len(re.findall(r"batch_norm\.default\]\(.*, (?:training = )?False, 0\.1, 1e-05", graph)) > 5  # eval mode
 
 
 def rows_of(samples: dict[str, list[float]], **setting: object) -> list[dict[str, str]]:
