@@ -53,7 +53,7 @@ PARTS = (
     ("memory",),
     ("growth",),
     ("model", "--compile", "--repeats", "8"),
-    ("inference", "--compile", "--variants", "relu", "sugar"),
+    ("inference", "--compile", "--model", "resnet18"),
 )
 
 

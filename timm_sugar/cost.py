@@ -54,10 +54,10 @@ METRICS = {
     "forward": "inference",
 }
 AXES = {
-    "elements": "elements of an activation",
+    "elements": "elements",
     "batch": "images in a batch",
     "pixels": "pixels of an image",
-    "depth": "hidden activations (resnet18, 50, 101)",
+    "depth": "hidden activations",
     "processes": "processes (torchrun)",
 }
 
@@ -196,7 +196,9 @@ def model_table(rows: list[Row]) -> str:
 def growth_table(rows: list[Row]) -> str:
     """How time grows with size: the slope on logarithmic axes, and SUGAR's ratio to ReLU at either end."""
     body = []
-    for (axis, mode, dtype, threads), group in _groups(rows, ("axis", "mode", "dtype", "threads")).items():
+    keys = ("axis", "network", "mode", "dtype", "threads")
+    lines_of = _groups((row | {"network": "" if row["axis"] == "depth" else row["subject"]} for row in rows), keys)
+    for (axis, network, mode, dtype, threads), group in lines_of.items():
         lines = {}
         for name in ("relu", "sugar"):
             lines[name] = sorted((row for row in group if row["variant"] == name), key=lambda row: int(row["size"]))
@@ -206,8 +208,9 @@ def growth_table(rows: list[Row]) -> str:
         sizes = [row["size"] for row in lines["sugar"]]
         slopes = [f"{slope(*zip(*points[name], strict=True)):.2f}" for name in points]
         ends = [cell(lines["sugar"][i]) for i in (0, -1)]
+        subject = network or ", ".join(dict.fromkeys(row["subject"] for row in lines["sugar"]))
         what = AXES[axis] + (f", {threads} thread each" if axis == "processes" else "")
-        body.append([f"{what}; {mode}, {dtype}", f"{sizes[0]} to {sizes[-1]}", *slopes, *ends])
+        body.append([f"{what}; {subject}, {mode}, {dtype}", f"{sizes[0]} to {sizes[-1]}", *slopes, *ends])
     head = ["time against", "from, to", "slope, ReLU", "slope, SUGAR", "SUGAR / ReLU at the first", "at the last"]
     return _markdown(head, body)
 
