@@ -312,6 +312,8 @@ def build_parser() -> Parser:
 def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     """The command that was asked for."""
     args.device = choose_device(args.device)
+    with explained(f"can't write to {args.output}"):  # before anything is measured
+        args.output.mkdir(parents=True, exist_ok=True)
     args.argv, args.line = argv, "python scripts/benchmark.py " + shlex.join(without_output(argv))
     if args.threads:
         torch.set_num_threads(args.threads)
