@@ -98,7 +98,8 @@ def measure_activation(args: argparse.Namespace) -> None:
             samples = interleave(watches, args.repeats)
             setting = {"subject": "activation", "dtype": dtype, "processes": 1, "axis": "elements", "size": 2**exponent}
             report(args, setting, "pass", "s", samples)
-    if mode(args) == "eager" and torch.device(args.device).type == "cpu":
+    on_cpu = torch.device(args.device).type == "cpu"  # on a GPU SUGAR compiles nothing by itself
+    if on_cpu and not args.compile and "TORCH_COMPILE_DISABLE" not in os.environ:
         command = [sys.executable, __file__, *args.argv]
         subprocess.run(command, env=os.environ | {"TORCH_COMPILE_DISABLE": "1"}, check=True)
 
@@ -250,7 +251,13 @@ def build_parser() -> Parser:
         return add
 
     def of_variants(add: Any, variants: Sequence[str], repeats: int) -> None:
-        add("--variants", nargs="+", default=variants, metavar="V", help=f"(default: {' '.join(variants)})")
+        add(
+            "--variants",
+            nargs="+",
+            default=variants,
+            metavar="V",
+            help=f"with settings of its own: sugar:surrogate=nelu,alpha=0.05 (default: {' '.join(variants)})",
+        )
         add("--repeats", type=positive, default=repeats, metavar="N", help="(default: %(default)s)")
         add("--compile", action="store_true", help="torch.compile, of the whole")
 

@@ -234,6 +234,30 @@ def test_a_row_takes_the_place_of_the_one_with_the_same_settings(tmp_path: Path)
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+def test_a_commit_is_marked_where_code_has_changed_and_not_where_results_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> str:
+        who = ["-c", "user.name=A", "-c", "user.email=a@b"]
+        return subprocess.run(
+            ["git", *who, *arguments], cwd=tmp_path, capture_output=True, text=True, check=True
+        ).stdout
+
+    monkeypatch.setattr(cost, "ROOT", tmp_path)
+    assert cost.commit() == ""
+    for name in ("timm_sugar", "scripts", "results"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("old")
+    git("init")
+    git("add", "-A")
+    git("commit", "-m", "first")
+    head = git("rev-parse", "--short", "HEAD").strip()
+    (tmp_path / "results" / "file").write_text("new")
+    assert cost.commit() == head
+    (tmp_path / "scripts" / "file").write_text("new")
+    assert cost.commit() == f"{head}-dirty"
+
+
 def test_a_row_names_the_machine_and_the_commit() -> None:
     row = cost.environment("cpu", "the command")
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -64,12 +64,6 @@ AXES = {
 
 def environment(device: str, command: str) -> Row:
     """The columns that say what something was measured on, and by which code."""
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
         "device": torch.device(device).type,
         "machine": machine(device),
@@ -78,9 +72,20 @@ def environment(device: str, command: str) -> Row:
         "torch": torch.__version__,
         "timm": timm.__version__,
         "timm_sugar": __version__,
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
         "command": command,
     }
+
+
+def commit() -> str:
+    """The commit that this code is of, marked where the code has changed since; nothing outside a checkout."""
+
+    def git(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
+
+    name = git("rev-parse", "--short", "HEAD").stdout.strip()
+    changed = git("diff", "--quiet", "HEAD", "--", "timm_sugar", "scripts").returncode  # results change meanwhile
+    return f"{name}-dirty" if name and changed else name
 
 
 def machine(device: str) -> str:
