@@ -36,7 +36,7 @@ FROM_RUN = ("summary.csv", "train.log", "curves.png")
 FILES = (CARD, CONFIG, WEIGHTS, RECIPE, RESULTS, *FROM_RUN)
 HALF_COSTS_AT_MOST = 0.05  # points of top-1
 _OF_THE_MACHINE = ("data_dir", "output", "experiment", "device")
-_STARTED_FROM = ("class_map", "initial_checkpoint", "pretrained_path")  # files, of which the name is kept
+_STARTED_FROM = ("class_map", "initial_checkpoint", "pretrained_path")  # files
 _COLUMNS = (
     *("weights", "top1", "top5", "loss", "dead_units", "sparsity", "images", "params", "macs"),
     *("device", "torch", "timm", "timm_sugar", "command"),
@@ -141,9 +141,7 @@ def stage(
             rows[0].update(statistics(partial))
             for name in FROM_RUN:
                 shutil.copyfile(run.folder / name, partial / name)
-            recipe = {key: value for key, value in run.settings.items() if key not in _OF_THE_MACHINE}
-            recipe |= {key: Path(recipe[key]).name for key in _STARTED_FROM if recipe.get(key)}
-            (partial / RECIPE).write_text(yaml.safe_dump(recipe))
+            (partial / RECIPE).write_text(yaml.safe_dump(_portable(run.settings)))
             write_results(partial, rows)
             write_atomically(partial / CARD, card(partial))
             os.replace(partial, folder)
@@ -157,13 +155,19 @@ def add_twin(folder: Path, run: Run, measure: Callable[[], dict[str, Any]]) -> N
     """
     with explained(f"can't read {folder / RECIPE}"):
         recipe = yaml.safe_load((folder / RECIPE).read_text())
+    other = _portable(run.settings)
     for key in sorted(recipe.keys() - {"model", "model_kwargs", "device_modules"}):
-        other = run.settings.get(key)
-        if recipe[key] != (Path(other).name if other and key in _STARTED_FROM else other):
+        if recipe[key] != other.get(key):
             raise UserError(f"{run.folder} was trained with another {key} than {folder.name}")
     rows: list[dict[str, Any]] = [row for row in read_results(folder) if row["weights"] != TWIN]
     write_results(folder, [*rows, {"weights": TWIN, **measure()}])
     write_atomically(folder / CARD, card(folder))
+
+
+def _portable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without what holds for one machine; of a file outside the working directory only the name."""
+    kept = {key: value for key, value in settings.items() if key not in _OF_THE_MACHINE}
+    return kept | {key: Path(kept[key]).name for key in _STARTED_FROM if Path(kept.get(key) or "").is_absolute()}
 
 
 def _save(model: nn.Module, run: Run, folder: Path, licence: str, labels: list[str], about: dict[str, Any]) -> None:
