@@ -150,7 +150,8 @@ def test_bytes_kept_are_those_counted_by_hand(activation: nn.Module, tensors: in
         assert benchmark.kept_bytes(lambda: model(x)) == 4 * 2 * 4
 
 
-@pytest.mark.parametrize("variant", ["own", "relu", "gelu", "sugar", "function"])
+# Not SUGAR, which shares no buffer where hooks watch what is saved: tests/test_sharing.py counts that in another way.
+@pytest.mark.parametrize("variant", ["own", "relu", "gelu", "function"])
 def test_bytes_kept_by_a_network_are_the_storages_that_autograd_saves(variant: str) -> None:
     step = Workload("test_resnet", batch_size=2, img_size=32, dtype="float32").training_step(variant)
     known = {x.untyped_storage().data_ptr() for x in [step.images, *step.model.parameters(), *step.model.buffers()]}
@@ -304,7 +305,7 @@ def test_a_model_is_measured_in_training_and_in_inference(tmp_path: Path) -> Non
     assert rows.keys() == {(name, metric) for name in ("own", "relu", "sugar") for metric in ("step", "kept")}
     assert rows["sugar", "step"]["surrogate"] == "surrogate='nelu', alpha=0.05"
     assert rows["own", "kept"]["to_relu"] == "1.0000"
-    assert float(rows["sugar", "kept"]["to_relu"]) > 1
+    assert rows["sugar", "kept"]["to_relu"] == "1.0000"  # one buffer for pre-activation and value
     assert script.main(["inference", *options]) == 0
     rows = {(row["variant"], row["metric"]): row for row in columns(tmp_path / "benchmark_inference.csv")}
     assert rows["sugar", "same_graph"]["median"] == rows["relu", "same_graph"]["median"] == "1"
