@@ -238,7 +238,6 @@ def test_backward_saves_the_input_and_nothing_else() -> None:
 def pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Makes every tensor of more than 7 elements a large one; the sizes of those that were taken in pieces."""
     sizes, in_pieces = [], activation._in_chunks
-    monkeypatch.setattr(activation, "_LARGE", 7)
     monkeypatch.setattr(activation, "_CHUNK", 7)
     monkeypatch.setattr(activation, "compiled_gradient", lambda *_: None)
     monkeypatch.setattr(activation, "_in_chunks", lambda g, x, *rest: sizes.append(x.numel()) or in_pieces(g, x, *rest))

@@ -42,7 +42,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         assert kernel is not None
         return lambda direction, x: sizes.append(x.numel()) or kernel(direction, x)
 
-    monkeypatch.setattr(activation, "_LARGE", 7)
+    monkeypatch.setattr(activation, "_CHUNK", 7)
     monkeypatch.setattr(activation, "compiled_gradient", count)
     return sizes
 
@@ -70,7 +70,7 @@ def test_infinities_and_nan_are_those_of_the_plain_formula(
     x = torch.tensor([math.inf, -math.inf, math.nan, 3e38, -3e38] * 20, requires_grad=True)
     (fast,) = torch.autograd.grad(sugar(x, name), x, torch.ones_like(x))
     assert calls == [100]
-    monkeypatch.setattr(activation, "_LARGE", 10**6)
+    monkeypatch.setattr(activation, "_CHUNK", 10**6)
     (plain,) = torch.autograd.grad(sugar(x, name), x, torch.ones_like(x))
     torch.testing.assert_close(fast, plain, equal_nan=True)
 

@@ -28,7 +28,6 @@ _library.define(
 _operator = torch.ops.timm_sugar.relu.default
 
 
-_LARGE = 1 << 15  # elements; below, calling a compiled loop gains too little for what compiling it costs
 _CHUNK = 1 << 17  # elements; the intermediate results of a formula for so many of them stay in a core's cache
 _PLAIN = torch._C._dispatch_keys(torch.empty(0, device="cpu"))  # semi-private, guarded by tests
 
@@ -39,7 +38,7 @@ def _is_large_and_plain(x: Tensor, direction: Tensor) -> bool:
     Whatever traces, batches, wraps or distributes a tensor shows in its dispatch keys.
     """
     return (
-        x.numel() > _LARGE
+        x.numel() > _CHUNK
         and torch._C._dispatch_keys(x).raw_repr() == torch._C._dispatch_keys(direction).raw_repr() == _PLAIN.raw_repr()
         and (x.dtype, x.shape, x.stride()) == (direction.dtype, direction.shape, direction.stride())
         and torch.ops.aten.is_non_overlapping_and_dense.default(x)
