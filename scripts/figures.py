@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""Draw the README's picture from the package's own functions.
+"""Draw the README's pictures from the package's own functions and from results/.
 
     python scripts/figures.py
 
 Writes surrogates-light.svg and surrogates-dark.svg: the forward pass of a SUGAR unit, and beside it the derivatives
-that stand in for ReLU's in the backward pass, as autograd returns them.
+that stand in for ReLU's in the backward pass, as autograd returns them. And cost-light.svg and cost-dark.svg: the time
+of one activation against its size, from results/benchmark_activation.csv.
 """
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ from torch import Tensor
 
 from timm_sugar import sugar
 from timm_sugar.cli import Parser
+from timm_sugar.cost import MACHINE, Row, load, of_default
+from timm_sugar.cost import TITLES as VARIANTS
 from timm_sugar.surrogate import get_surrogate
 
 # In the order of drawing, left to right and top to bottom.
@@ -37,6 +41,10 @@ TITLES = {
 }
 SYMBOLS = {"alpha": "α", "negative_slope": "slope"}
 INPUTS = torch.cat([torch.linspace(-4, 0, 65), torch.tensor([1e-6]), torch.linspace(0, 3, 49)[1:]]).double()
+
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "benchmark_activation.csv"
+DASHES = {"gelu": (0, ()), "function": (0, (6, 1.5)), "fgi": (0, (3, 1.5)), "detach": (0, (1, 1))}
 
 
 @dataclass(frozen=True)
@@ -115,6 +123,51 @@ def draw(theme: Theme) -> Figure:
     return figure
 
 
+def draw_times(axes: Axes, theme: Theme, rows: list[Row]) -> None:
+    """Time over ReLU's against the number of elements, a line a variant; quartiles of SUGAR and GELU are shaded."""
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.axhline(1, color=theme.faint, linewidth=1.1, linestyle=(0, (2.5, 2)))
+    for mode, variant in dict.fromkeys((row["mode"], row["variant"]) for row in rows):
+        if variant == "relu" or (mode != "eager" and variant != "sugar"):
+            continue
+        line = [row for row in rows if (row["mode"], row["variant"]) == (mode, variant)]
+        line.sort(key=lambda row: int(row["size"]))
+        sizes = [int(row["size"]) for row in line]
+        low, middle, high = ([float(row[key]) for row in line] for key in ("to_relu_q1", "to_relu", "to_relu_q3"))
+        color = {"sugar": theme.backward, "gelu": theme.forward}.get(variant, theme.faint)
+        if variant in ("sugar", "gelu"):
+            axes.fill_between(sizes, low, high, color=color, alpha=0.16, linewidth=0)
+        dash = DASHES.get(variant, (0, ())) if mode == "eager" else (0, (2, 1))
+        (curve,) = axes.plot(sizes, middle, color=color, linewidth=2.4 if variant == "sugar" else 1.3, linestyle=dash)
+        curve.set_gid(f"{variant}_{mode}_{line[0]['dtype']}".replace(", ", "_").replace(" ", "_"))
+        curve.set_label(VARIANTS[variant] + mode.removeprefix("eager"))
+
+
+def draw_cost(theme: Theme) -> Figure:
+    """The cost of one activation on the first machine of the results."""
+    rows = [row for row in of_default(load(RESULTS)) if row["mode"].startswith("eager")]
+    rows = [row for row in rows if all(row[key] == rows[0][key] for key in MACHINE)]
+    figure = Figure(figsize=(9.6, 3.6))
+    for i, dtype in enumerate(dict.fromkeys(row["dtype"] for row in rows)):
+        axes = figure.add_axes((0.06 + 0.37 * i, 0.14, 0.32, 0.72), sharey=figure.axes[0] if figure.axes else None)
+        axes.patch.set_visible(False)
+        axes.tick_params(length=0, labelsize=8, labelcolor=theme.faint, which="both")
+        for spine in axes.spines.values():
+            spine.set_visible(False)
+        axes.set_title(f"{dtype}: time, ReLU = 1", color=theme.text, fontsize=10)
+        axes.set_xlabel("elements", color=theme.faint, fontsize=9)
+        draw_times(axes, theme, [row for row in rows if row["dtype"] == dtype])
+    handles = figure.axes[-1].get_legend_handles_labels() if rows else ([], [])
+    figure.legend(*handles, loc="center left", bbox_to_anchor=(0.8, 0.5), frameon=False,
+                  fontsize=9, labelcolor=theme.text)  # fmt: skip
+    return figure
+
+
+PICTURES = {"surrogates": draw, "cost": draw_cost}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0. A user's mistake exits with status 2 and one line on stderr."""
     parser = Parser("figures.py", description=__doc__)
@@ -123,11 +176,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         Path(args.output).mkdir(parents=True, exist_ok=True)
-        for name, theme in THEMES.items():
-            path = Path(args.output, f"surrogates-{name}.{args.format}")
+        for (picture, draw_picture), (name, theme) in itertools.product(PICTURES.items(), THEMES.items()):
+            path = Path(args.output, f"{picture}-{name}.{args.format}")
             with matplotlib.rc_context({"svg.hashsalt": "timm_sugar", "font.family": "DejaVu Sans"}):
                 metadata = {"Date": None} if args.format == "svg" else None
-                draw(theme).savefig(path, transparent=True, metadata=metadata, dpi=150)
+                draw_picture(theme).savefig(path, transparent=True, metadata=metadata, dpi=150)
             print(path)
     except OSError as error:
         parser.error(f"can't write to {args.output}: {error.strerror or error}")

@@ -59,7 +59,7 @@ def evaluate(data: str | None, *options: str) -> dict[str, Any]:
 
 def stage_run(args: argparse.Namespace) -> None:
     """The `stage` command."""
-    run = Run(args.run)
+    run = Run(args.run, args.img_size)
     name = f"{run.settings['model'].partition('.')[0]}.{args.tag}"
     data = args.data_dir or run.settings["data_dir"]
     split = open_dataset(run.settings["dataset"], data, run.settings["val_split"], class_map=run.settings["class_map"])
@@ -86,7 +86,10 @@ def measure_twin(args: argparse.Namespace) -> None:
     (folder,) = folders(args)
     run = Run(args.run)
     data = args.data_dir or run.settings["data_dir"]
-    add_twin(folder, run, lambda: evaluate(data, "--checkpoint", str(args.run / "last.pth.tar")))
+    size = json.loads((folder / CONFIG).read_text())["pretrained_cfg"]["input_size"][-1]
+    options = ["--checkpoint", str(args.run / "last.pth.tar")]
+    options += [f"--img-size={size}"] if run.settings["img_size"] not in (None, size) else []
+    add_twin(folder, run, lambda: evaluate(data, *options))
 
 
 def folders(args: argparse.Namespace) -> list[Path]:
@@ -145,6 +148,7 @@ def build_parser() -> Parser:
     add("--tag", required=True, metavar="TAG", help="what tells these weights from others, e.g. bsilu_cifar10")
     add("--dataset", required=True, metavar="NAME", help="cifar10, tin200, or a name of your own")
     add("--data-dir", metavar="DIR", help="data to evaluate on (default: that of the run)")
+    add("--img-size", type=int, metavar="N", help="publish and evaluate it at so many pixels (default: as trained)")
     add("--license", default="apache-2.0", metavar="ID", help="of the weights (default: %(default)s)")
     add("--note", action="append", default=[], metavar="TEXT", help="a sentence on the training for the card")
     add("--org", default=ORG, metavar="ORG", help="organisation or user that the card names (default: %(default)s)")

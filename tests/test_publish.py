@@ -69,6 +69,26 @@ def test_staged_folder_has_what_was_measured_of_run_and_twin(root: Path) -> None
     assert "--config train_args.yaml" in card
 
 
+def test_model_and_twin_are_measured_at_the_size_that_stage_was_asked_for(root: Path, tmp_path: Path) -> None:
+    models, run, twin = tmp_path / "models", root / "test_resnet_sugar", root / "test_resnet"
+    argv = ["stage", str(run), "--tag", "bsilu_x", "--dataset", "toys", "--org", "me", "--img-size", "64"]
+    assert publish.main([*argv, "--models", str(models)]) == 0
+    assert publish.main(["twin", NAME, str(twin), "--models", str(models)]) == 0
+    folder = models / NAME
+    config, card = json.loads((folder / "config.json").read_text()), (folder / "README.md").read_text()
+    assert config["pretrained_cfg"]["input_size"] == [3, 64, 64]
+    assert "toys at 32 x 32 pixels" in card
+    assert "Images are 64 x 64 pixels here and were 32 x 32 in training" in card
+    assert "img_size: 32" in (folder / "train_args.yaml").read_text()
+    with open(folder / "results.csv") as file:
+        losses = {row["weights"]: float(row["loss"]) for row in csv.DictReader(file)}
+    evaluate, results = load_script("evaluate"), tmp_path / "results.json"
+    for name, checkpoint in (("float32", run), ("ReLU twin", twin)):
+        argv = ["--checkpoint", str(checkpoint / "last.pth.tar"), "--img-size", "64", "--device", "cpu", "-j", "0"]
+        assert evaluate.main([*argv, "--results-file", str(results), "--results-format", "json"]) == 0
+        assert json.loads(results.read_text())["loss"] == pytest.approx(losses[name], abs=1e-5)
+
+
 def test_evaluating_the_folder_gives_the_number_of_the_card_again(root: Path, tmp_path: Path) -> None:
     evaluate = load_script("evaluate")
     argv = ["--checkpoint", str(root / "models" / NAME), "--data-dir", str(root / "data"), "--device", "cpu", "-j", "0"]

@@ -136,12 +136,19 @@ def test_settings_are_kept_without_the_paths_of_the_machine(runs: dict[str, Path
     assert differing == {"data_dir", "output", "experiment"}
 
 
-def test_file_that_training_started_from_is_kept_by_name(runs: dict[str, Path], tmp_path: Path) -> None:
-    weights = tmp_path / "start.safetensors"
-    save_file(Run(runs["test_resnet_sugar"]).weights, weights)
-    run = train(tmp_path, "test_resnet_sugar", "--pretrained", "--pretrained-path", str(weights))
+@pytest.mark.parametrize(
+    ("given", "kept"), [("{}/start.safetensors", "start.safetensors"), ("a/start.safetensors",) * 2]
+)
+def test_file_that_training_started_from_is_kept_by_name_or_relative_path(
+    given: str, kept: str, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = given.format(tmp_path)
+    Path(given).parent.mkdir(exist_ok=True)
+    save_file(Run(runs["test_resnet_sugar"]).weights, given)
+    run = train(tmp_path, "test_resnet_sugar", "--pretrained", "--pretrained-path", given)
     folder = make_folder(run, tmp_path / "models" / "test_resnet_sugar.x")
-    assert yaml.safe_load((folder / "train_args.yaml").read_text())["pretrained_path"] == "start.safetensors"
+    assert yaml.safe_load((folder / "train_args.yaml").read_text())["pretrained_path"] == kept
 
 
 def test_moving_average_is_what_is_published(tmp_path: Path) -> None:

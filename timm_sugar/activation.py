@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from torch._functorch.utils import enable_single_level_autograd_function  # semi-private, guarded by tests
 from torch.autograd.function import _SingleLevelFunction
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+from torch.utils.checkpoint import checkpoint
 
 from timm_sugar.compiled import compiled_gradient
+from timm_sugar.sharing import can_share, remember_value, share_saved
 from timm_sugar.surrogate import get_surrogate, resolve_parameters, surrogate_derivative
 
 _library = torch.library.Library("timm_sugar", "DEF")
@@ -130,10 +132,23 @@ def _is_plain_relu(x: Tensor) -> bool:
     return not torch.is_grad_enabled()
 
 
+def _recomputed(x: Tensor, surrogate: str, values: list[float], formula: str) -> Tensor:
+    """The operator under a compiler: only x is saved, from which the backward pass takes relu(x) too."""
+    return checkpoint(_operator, x, surrogate, values, formula, use_reentrant=False, preserve_rng_state=False)
+
+
 def _apply(x: Tensor, surrogate: str, values: list[float], formula: str) -> Tensor:
-    if not torch.jit.is_scripting():  # noqa: SIM102 - alone, so that TorchScript skips what it can't compile
+    if not torch.jit.is_scripting():  # alone, so that TorchScript skips what it can't compile
         if _is_plain_relu(x):
             return F.relu(x)
+        if torch.compiler.is_dynamo_compiling():
+            if not torch.compiler.is_exporting():
+                return _recomputed(x, surrogate, values, formula)
+        elif can_share(x):
+            share_saved(x)
+            y = _operator(x, surrogate, values, formula)
+            remember_value(y)
+            return y
     return torch.ops.timm_sugar.relu(x, surrogate, values, formula)
 
 

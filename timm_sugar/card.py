@@ -112,6 +112,7 @@ def _render(name: str, config: dict[str, Any], recipe: dict[str, Any], rows: lis
         alpha=sugar["model_args"].get("alpha"),
         dataset=shown,
         size=cfg["input_size"][-1],
+        trained_size=recipe.get("img_size") or cfg["input_size"][-1],
         classes=config["num_classes"],
         rows=rows,
         own=own,

@@ -36,7 +36,7 @@ FROM_RUN = ("summary.csv", "train.log", "curves.png")
 FILES = (CARD, CONFIG, WEIGHTS, RECIPE, RESULTS, *FROM_RUN)
 HALF_COSTS_AT_MOST = 0.05  # points of top-1
 _OF_THE_MACHINE = ("data_dir", "output", "experiment", "device")
-_STARTED_FROM = ("class_map", "initial_checkpoint", "pretrained_path")  # files, of which the name is kept
+_STARTED_FROM = ("class_map", "initial_checkpoint", "pretrained_path")  # files
 _COLUMNS = (
     *("weights", "top1", "top5", "loss", "dead_units", "sparsity", "images", "params", "macs"),
     *("device", "torch", "timm", "timm_sugar", "command"),
@@ -47,9 +47,10 @@ class Run:
     """A finished training run: its settings, and the weights after its last epoch (their average, if it kept one).
 
     The last epoch, not the best one, which would be chosen by the images on which the model is then reported.
+    `published` are the settings with the image size, in pixels, at which the model is evaluated and published.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, img_size: int | None = None) -> None:
         """Raises UserError if the folder holds no run, or one that isn't finished."""
         self.folder = folder
         with explained(f"{folder} is not a training run"):
@@ -62,6 +63,7 @@ class Run:
                 raise UserError(f"{folder} has no {name}: was it made by scripts/train.py?")
         state = read_checkpoint(folder / "last.pth.tar", self.settings["model"])
         self.settings["num_classes"] = state["args"].num_classes
+        self.published = self.settings | ({"img_size": img_size, "input_size": None} if img_size else {})
         weights = clean_state_dict(state.get("state_dict_ema") or state["state_dict"])
         # safetensors takes no channels_last
         self.weights: dict[str, Tensor] = {key: value.contiguous() for key, value in weights.items()}
@@ -69,7 +71,7 @@ class Run:
     def build(self, name: str, arguments: dict[str, Any]) -> nn.Module:
         """A model of these settings with these weights, in eval mode."""
         options = {"num_classes": self.settings["num_classes"], "global_pool": self.settings["gp"], **arguments}
-        model: Any = create_model(**resolve_model_input_args(name, self.settings, **options)).eval()
+        model: Any = create_model(**resolve_model_input_args(name, self.published, **options)).eval()
         model.load_state_dict(self.weights)
         return model
 
@@ -92,7 +94,7 @@ class Run:
             raise UserError(f"{self.folder} trained {name}: only {SUFFIX} models are staged")
         with explained(f"the weights of {self.folder} don't fit {name}"):
             model: Any = self.build(name, self.model_args)
-        image = torch.randn(2, *resolve_data_config(self.settings, model=model)["input_size"])
+        image = torch.randn(2, *resolve_data_config(self.published, model=model)["input_size"])
         base = name.removesuffix(SUFFIX)
         sugar = {"surrogate"} | parameter_names()
         plain = {key: value for key, value in self.settings["model_kwargs"].items() if key not in sugar}
@@ -139,9 +141,7 @@ def stage(
             rows[0].update(statistics(partial))
             for name in FROM_RUN:
                 shutil.copyfile(run.folder / name, partial / name)
-            recipe = {key: value for key, value in run.settings.items() if key not in _OF_THE_MACHINE}
-            recipe |= {key: Path(recipe[key]).name for key in _STARTED_FROM if recipe.get(key)}
-            (partial / RECIPE).write_text(yaml.safe_dump(recipe))
+            (partial / RECIPE).write_text(yaml.safe_dump(_portable(run.settings)))
             write_results(partial, rows)
             write_atomically(partial / CARD, card(partial))
             os.replace(partial, folder)
@@ -155,13 +155,19 @@ def add_twin(folder: Path, run: Run, measure: Callable[[], dict[str, Any]]) -> N
     """
     with explained(f"can't read {folder / RECIPE}"):
         recipe = yaml.safe_load((folder / RECIPE).read_text())
+    other = _portable(run.settings)
     for key in sorted(recipe.keys() - {"model", "model_kwargs", "device_modules"}):
-        other = run.settings.get(key)
-        if recipe[key] != (Path(other).name if other and key in _STARTED_FROM else other):
+        if recipe[key] != other.get(key):
             raise UserError(f"{run.folder} was trained with another {key} than {folder.name}")
     rows: list[dict[str, Any]] = [row for row in read_results(folder) if row["weights"] != TWIN]
     write_results(folder, [*rows, {"weights": TWIN, **measure()}])
     write_atomically(folder / CARD, card(folder))
+
+
+def _portable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without what holds for one machine; of a file outside the working directory only the name."""
+    kept = {key: value for key, value in settings.items() if key not in _OF_THE_MACHINE}
+    return kept | {key: Path(kept[key]).name for key in _STARTED_FROM if Path(kept.get(key) or "").is_absolute()}
 
 
 def _save(model: nn.Module, run: Run, folder: Path, licence: str, labels: list[str], about: dict[str, Any]) -> None:
@@ -177,7 +183,7 @@ def _save(model: nn.Module, run: Run, folder: Path, licence: str, labels: list[s
             "pretrained_cfg": nothing | origin,
             "sugar": {"model_args": run.model_args, **about},
         },
-        data_config=resolve_data_config(run.settings, model=model),
+        data_config=resolve_data_config(run.published, model=model),
         safe_serialization=True,
     )
 

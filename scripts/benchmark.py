@@ -1,0 +1,350 @@
+#!/usr/bin/env python3
+"""What SUGAR costs, against ReLU, the base's own activation, and other ways to write a surrogate gradient.
+
+    python scripts/benchmark.py all                         # everything; some 25 minutes on two cores
+    python scripts/benchmark.py all --start 4               # go on with its fourth part
+    python scripts/benchmark.py all --device cuda           # on a GPU
+    python scripts/benchmark.py activation --variants relu gelu sugar fgi
+    python scripts/benchmark.py model --model resnet50 --compile --model-kwargs surrogate=nelu alpha=0.05
+    python scripts/benchmark.py inference --model mobilenetv3_small_100
+    python scripts/benchmark.py memory --model swin_tiny_patch4_window7_224 --variants relu sugar:surrogate=nelu
+    python scripts/benchmark.py growth --axes batch depth
+
+Variants are measured in turns in one process and compared within it. Rows go to --output, benchmark_COMMAND.csv, each
+in the place of the one with the same settings; `scripts/tables.py` and `scripts/figures.py` make the README's tables
+and picture from those in results/. Close what else is running, and don't touch the machine meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # before torch is imported, whose profiler talks
+
+import torch
+
+from timm_sugar.benchmark import calls_for, count_compilation, in_new_process, interleave, stopwatch
+from timm_sugar.cli import KeyValues, Parser, UserError, choose_device, explained
+from timm_sugar.cost import COUNT, environment, record, summarize
+from timm_sugar.surgery import is_activation
+from timm_sugar.variants import ALTERNATIVES, INSTALLED, OWN, describe, make_activation
+from timm_sugar.workloads import Workload, activation_pass
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+MODELS = ("resnet18", "convnext_tiny", "swin_tiny_patch4_window7_224")
+DEPTHS = ("resnet18", "resnet50", "resnet101")
+OF_ACTIVATIONS = ("relu", "gelu", "sugar", *ALTERNATIVES, *(["x-mlps"] if INSTALLED else []))
+OF_MODELS = (OWN, "relu", "sugar")
+AXES = ("batch", "pixels", "depth", "processes")
+DTYPES = ("float32", "bfloat16", "float16")
+PARTS = (
+    ("activation",),
+    ("model",),
+    ("inference",),
+    ("memory",),
+    ("growth",),
+    ("model", "--compile", "--repeats", "8", "--variants", OWN, "relu", "sugar"),  # compiling takes minutes each
+    ("inference", "--compile", "--model", "resnet18"),
+)
+
+
+def mode(args: argparse.Namespace) -> str:
+    """How the code runs: compiled as a whole, or eagerly, with or without a compiler for SUGAR's own gradient."""
+    if args.compile:
+        return "compile"
+    return "eager, no compiler" if torch._dynamo.config.disable else "eager"
+
+
+def report(
+    args: argparse.Namespace, setting: Mapping[str, object], metric: str, unit: str, samples: dict[str, list[float]]
+) -> None:
+    """Record one measurement of all variants, and print it."""
+    surrogates = {variant: describe(variant, args.model_kwargs) for variant in samples}
+    whole = dict(setting) | {"mode": mode(args)}
+    rows = summarize(whole, metric, unit, samples, surrogates, environment(args.device, args.line))
+    what = ", ".join(str(value) for value in whole.values() if value != "")
+    for row in rows:
+        ratio = f"{row['to_relu']} of ReLU ({row['to_relu_q1']} to {row['to_relu_q3']})" if row["to_relu"] else ""
+        print(f"{what}, {metric}: {row['variant']:12} {row['median']:>11} {unit}  {ratio}", flush=True)
+    with explained(f"can't write to {args.output}"):
+        record(args.output / f"benchmark_{args.command}.csv", rows)
+
+
+def measure_activation(args: argparse.Namespace) -> None:
+    """The `activation` command; the variant without a compiler is another process, since torch asks only once."""
+    with explained("--variants"):
+        activations: dict[str, Any] = {
+            variant: make_activation(variant, args.model_kwargs) for variant in args.variants
+        }
+    if args.compile:
+        activations = {variant: torch.compile(module, dynamic=True) for variant, module in activations.items()}
+    for dtype in args.dtypes:
+        for exponent in args.exponents:
+            x, upstream = torch.randn(2, 2**exponent, device=args.device).to(getattr(torch, dtype))
+            passes = {variant: activation_pass(module, x, upstream) for variant, module in activations.items()}
+            watches = {
+                variant: stopwatch(work, args.device, calls_for(work, args.device, args.least))
+                for variant, work in passes.items()
+            }
+            samples = interleave(watches, args.repeats)
+            setting = {"subject": "activation", "dtype": dtype, "processes": 1, "axis": "elements", "size": 2**exponent}
+            report(args, setting, "pass", "s", samples)
+    on_cpu = torch.device(args.device).type == "cpu"  # on a GPU SUGAR compiles nothing by itself
+    if on_cpu and not args.compile and "TORCH_COMPILE_DISABLE" not in os.environ:
+        command = [sys.executable, __file__, *args.argv]
+        subprocess.run(command, env=os.environ | {"TORCH_COMPILE_DISABLE": "1"}, check=True)
+
+
+def workload(args: argparse.Namespace, base: str, **changes: Any) -> Workload:
+    """A network as the options say. Raises UserError for one that timm or SUGAR doesn't know."""
+    options = {key: getattr(args, key) for key in ("batch_size", "img_size", "device", "compile", "channels_last")}
+    work = Workload(base, args.model_kwargs, dtype=args.amp_dtype, **(options | changes))
+    with explained(f"--model {base}"):
+        for variant in args.variants:
+            with torch.device("meta"):
+                replace(work, device="meta").model(variant)
+    return work
+
+
+def setting_of(work: Workload) -> dict[str, object]:
+    """The columns that say what was run."""
+    setting = {"subject": work.base, "dtype": work.dtype, "batch_size": work.batch_size, "img_size": work.pixels()}
+    return setting | {"processes": 1}
+
+
+def measure_steps(args: argparse.Namespace, work: Workload, **along: object) -> None:
+    """Time of a training step; where it doesn't stand for growth, also bytes kept for backward, and compilations."""
+    torch._dynamo.reset()
+    steps = {variant: work.training_step(variant) for variant in args.variants}
+    compilations = {variant: count_compilation(step) for variant, step in steps.items()}  # warms up as well
+    samples = interleave({variant: stopwatch(step, args.device) for variant, step in steps.items()}, args.repeats)
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
+    setting = setting_of(work) | along
+    report(args, setting, "step", "s", samples)
+    if not along:
+        kept = {variant: [float(step.kept_bytes())] for variant, step in steps.items()}
+        report(args, setting, "kept", "byte", kept)
+    if work.compile:
+        for name in ("graph_breaks", "recompiles"):
+            counts = {variant: [float(getattr(count, name))] for variant, count in compilations.items()}
+            report(args, setting, name, COUNT, counts)
+
+
+def measure_model(args: argparse.Namespace) -> None:
+    """The `model` command."""
+    for work in [workload(args, base) for base in args.model]:
+        measure_steps(args, work)
+
+
+def measure_inference(args: argparse.Namespace) -> None:
+    """The `inference` command: time, and whether the exported graph is that of the network with ReLU."""
+    for work in [workload(args, base) for base in args.model]:
+        torch._dynamo.reset()
+        passes = {variant: work.forward_pass(variant) for variant in args.variants}
+        for _ in range(3):
+            for run in passes.values():
+                run()
+        samples = interleave({variant: stopwatch(run, args.device) for variant, run in passes.items()}, args.repeats)
+        report(args, setting_of(work), "forward", "s", samples)
+        if not work.compile:
+            relu = work.exported_graph("relu")
+            same = {variant: [float(work.exported_graph(variant) == relu)] for variant in args.variants}
+            report(args, setting_of(work), "same_graph", COUNT, same)
+
+
+def measure_memory(args: argparse.Namespace) -> None:
+    """The `memory` command: each repeat of a variant is a process of its own."""
+    for work in [workload(args, base) for base in args.model]:
+        measures = {
+            variant: functools.partial(in_new_process, work.peak_memory, variant, args.steps)
+            for variant in args.variants
+        }
+        samples = interleave(measures, args.repeats)
+        for i, metric in enumerate(("peak", "added")):
+            bytes_ = {variant: [pair[i] for pair in pairs] for variant, pairs in samples.items()}
+            report(args, setting_of(work), metric, "byte", bytes_)
+
+
+def measure_growth(args: argparse.Namespace) -> None:
+    """The `growth` command: the same step for batches, images, networks and groups of processes of growing size."""
+    base = args.model[0]
+    if "WORLD_SIZE" in os.environ:  # torchrun started this process
+        if args.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl" if args.device == "cuda" else "gloo")
+        size = torch.distributed.get_world_size()
+        measure_steps(args, workload(args, base), axis="processes", size=size, processes=size)
+        torch.distributed.destroy_process_group()
+        return
+    works = {"batch": [(size, workload(args, base, batch_size=size)) for size in args.batch_sizes]}
+    works["pixels"] = [(size**2, workload(args, base, img_size=size)) for size in args.img_sizes]
+    works["depth"] = [(count_activations(work), work) for work in (workload(args, name) for name in args.depths)]
+    for axis in args.axes:
+        for size, work in works.get(axis, []):
+            measure_steps(args, work, axis=axis, size=size)
+    if "processes" in args.axes:
+        launch(args)
+
+
+def launch(args: argparse.Namespace) -> None:
+    """Run this command once more under torchrun, for each number of processes that the device has room for."""
+    room = {"cpu": max(args.processes), "cuda": torch.cuda.device_count()}.get(args.device, 0)
+    threads = str(args.threads or max(1, torch.get_num_threads() // max(args.processes)))  # of each process
+    for count in args.processes:
+        if count > room:
+            print(f"no measurement with {count} processes: {args.device} has room for {room}")
+            continue
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}"]
+        command = [*launcher, __file__, *args.argv]
+        subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": threads}, check=True)
+
+
+def count_activations(work: Workload) -> int:
+    """How many hidden activations a network has."""
+    with torch.device("meta"):
+        return sum(map(is_activation, replace(work, device="meta").model(OWN).modules()))
+
+
+def measure_all(args: argparse.Namespace) -> None:
+    """The `all` command: each part is a process, and its rows are on disk when it ends."""
+    passed = ["--output", str(args.output)]
+    passed += ["--device", args.device, *(["--threads", str(args.threads)] if args.threads else [])]
+    if args.model_kwargs:
+        passed += ["--model-kwargs", *(f"{key}={value}" for key, value in args.model_kwargs.items())]
+    for number, part in enumerate(PARTS[args.start - 1 :], args.start):
+        print(f"== part {number} of {len(PARTS)}: {' '.join(part)}", flush=True)
+        subprocess.run([sys.executable, __file__, *part, *passed], check=True)
+    print("== now run scripts/tables.py and scripts/figures.py")
+
+
+def positive(text: str) -> int:
+    """A number of something, at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, not {text!r}")
+    return int(text)
+
+
+def build_parser() -> Parser:
+    """All commands and their options."""
+    parser = Parser("benchmark.py", description=__doc__)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command", required=True,
+                                     parser_class=Parser)  # fmt: skip
+
+    def command(name: str, do: Callable[[argparse.Namespace], None], text: str, **defaults: Any) -> Any:
+        added = commands.add_parser(name, help=text, description=text)
+        add = added.add_argument
+        add("--device", help="cuda, mps or cpu (default: the first of these that is there)")
+        add("--threads", type=positive, metavar="N", help="of a CPU (default: PyTorch's)")
+        add("--output", type=Path, default=RESULTS, metavar="DIR", help="(default: results/)")
+        add("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="SUGAR's: surrogate, alpha")
+        added.set_defaults(do=do, **defaults)
+        return add
+
+    def of_variants(add: Any, variants: Sequence[str], repeats: int) -> None:
+        add(
+            "--variants",
+            nargs="+",
+            default=variants,
+            metavar="V",
+            help=f"with settings of its own: sugar:surrogate=nelu,alpha=0.05 (default: {' '.join(variants)})",
+        )
+        add("--repeats", type=positive, default=repeats, metavar="N", help="(default: %(default)s)")
+        add("--compile", action="store_true", help="torch.compile, of the whole")
+
+    def of_models(add: Any, models: Sequence[str], repeats: int, batch_size: int, img_size: int | None = None) -> None:
+        of_variants(add, OF_MODELS, repeats)
+        add("--model", nargs="+", default=models, metavar="NAME", help=f"timm's (default: {' '.join(models)})")
+        add("--batch-size", type=positive, default=batch_size, metavar="N", help="(default: %(default)s)")
+        size = img_size or "the model's"
+        add("--img-size", type=positive, default=img_size, metavar="N", help=f"pixels a side (default: {size})")
+        add("--amp-dtype", default="bfloat16", choices=DTYPES, help="of autocast, float32: none (default: %(default)s)")
+        add("--channels-last", action="store_true", help="memory format of images and weights")
+
+    add = command("activation", measure_activation, "forward and backward pass of one activation")
+    of_variants(add, OF_ACTIVATIONS, 15)
+    add("--dtypes", nargs="+", default=("float32", "bfloat16"), choices=DTYPES, help="(default: float32 bfloat16)")
+    exponents = range(12, 25, 2)
+    add(
+        "--exponents",
+        nargs="+",
+        type=positive,
+        default=exponents,
+        metavar="K",
+        help="2^K elements (default: 12 14 ... 24)",
+    )
+    add("--least", type=float, default=1e-2, metavar="S", help="seconds of one measurement (default: %(default)s)")
+
+    add = command(
+        "model", measure_model, "a step of training: time, bytes kept for backward, graph breaks and recompiles"
+    )
+    of_models(add, MODELS, 10, 8)
+
+    add = command("inference", measure_inference, "a forward pass with gradients off: time, and the exported graph")
+    of_models(add, MODELS, 15, 8)
+
+    add = command("memory", measure_memory, "peak memory of a process that trains")
+    of_models(add, (MODELS[0], MODELS[2]), 3, 8)
+    add("--steps", type=positive, default=3, metavar="N", help="of training (default: %(default)s)")
+
+    add = command("growth", measure_growth, "how the time of a step grows")
+    of_models(add, MODELS[:1], 8, 16, 64)
+    add("--axes", nargs="+", default=AXES, choices=AXES, help=f"(default: {' '.join(AXES)})")
+    add("--batch-sizes", nargs="+", type=positive, default=(8, 16, 32, 64), metavar="N", help="(default: 8 16 32 64)")
+    add(
+        "--img-sizes",
+        nargs="+",
+        type=positive,
+        default=(32, 64, 128, 224),
+        metavar="N",
+        help="(default: 32 64 128 224)",
+    )
+    add("--depths", nargs="+", default=DEPTHS, metavar="NAME", help=f"networks (default: {' '.join(DEPTHS)})")
+    add("--processes", nargs="+", type=positive, default=(1, 2), metavar="N", help="(default: 1 2)")
+
+    add = command("all", measure_all, "all of the above, one after the other")
+    add("--start", type=positive, default=1, choices=range(1, len(PARTS) + 1), help="number of the part to begin with")
+    return parser
+
+
+def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    """The command that was asked for."""
+    args.device = choose_device(args.device)
+    with explained(f"can't write to {args.output}"):  # before anything is measured
+        args.output.mkdir(parents=True, exist_ok=True)
+    args.argv, args.line = argv, "python scripts/benchmark.py " + shlex.join(without_output(argv))
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        args.do(args)
+    except subprocess.CalledProcessError as error:
+        raise UserError(f"{shlex.join(map(str, error.cmd[2:]))} failed (status {error.returncode})") from error
+
+
+def without_output(argv: Sequence[str]) -> list[str]:
+    """The arguments but for --output DIR, which says nothing about the numbers."""
+    kept, skip = [], False
+    for word in argv:
+        if not skip and word != "--output" and not word.startswith("--output="):
+            kept.append(word)
+        skip = word == "--output"
+    return kept
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0, or 130 after Ctrl-C. A user's mistake exits with status 2 and one line on stderr."""
+    argv = sys.argv[1:] if argv is None else argv
+    return build_parser().run(functools.partial(run, argv=argv), argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
