@@ -296,6 +296,14 @@ def test_tensors_that_somebody_else_keeps_are_left_to_them() -> None:
     assert b.weight.grad is not None
 
 
+def test_nothing_is_replaced_on_the_meta_device() -> None:
+    """Where all tensors have the same address, 0."""
+    x, weight = (torch.empty(5, 5, device="meta").requires_grad_() for _ in range(2))
+    z = sugar(x * 2) @ weight
+    sugar(z)
+    assert z.grad_fn._raw_saved_mat2.unpack_hook is None
+
+
 def test_only_the_value_is_replaced_not_the_weights_beside_it() -> None:
     a, b = nn.Linear(5, 5), nn.Linear(5, 5)
     z = b(sugar(a(torch.ones(2, 5))))

@@ -28,6 +28,7 @@ def can_share(x: Tensor) -> bool:
     """Whether autograd is recording ordinary operations on x, an ordinary tensor, and saves tensors as they are."""
     return (
         type(x) is Tensor
+        and not x.is_meta  # has no address, by which the value is found
         and x.grad_fn is not None
         and not torch.jit.is_tracing()
         and not is_in_torch_dispatch_mode()
