@@ -24,8 +24,9 @@ from torch import Tensor
 
 from timm_sugar import sugar
 from timm_sugar.cli import Parser
-from timm_sugar.cost import MACHINE, Row, load, of_default
+from timm_sugar.cost import MACHINE, Row, of_default
 from timm_sugar.cost import TITLES as VARIANTS
+from timm_sugar.runs import read_rows
 from timm_sugar.surrogate import get_surrogate
 
 # In the order of drawing, left to right and top to bottom.
@@ -147,7 +148,7 @@ def draw_times(axes: Axes, theme: Theme, rows: list[Row]) -> None:
 
 def draw_cost(theme: Theme) -> Figure:
     """The cost of one activation on the first machine of the results."""
-    rows = [row for row in of_default(load(RESULTS)) if row["mode"].startswith("eager")]
+    rows = [row for row in of_default(read_rows(RESULTS)) if row["mode"].startswith("eager")]
     rows = [row for row in rows if all(row[key] == rows[0][key] for key in MACHINE)]
     figure = Figure(figsize=(9.6, 3.6))
     for i, dtype in enumerate(dict.fromkeys(row["dtype"] for row in rows)):

@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -26,8 +24,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import timm
-import torch
 from huggingface_hub import HfApi
 
 from timm_sugar import __version__
@@ -35,7 +31,7 @@ from timm_sugar.card import CARD, CONFIG, card
 from timm_sugar.cli import Parser, UserError, explained
 from timm_sugar.data import class_to_idx, open_dataset
 from timm_sugar.hub import changes, check, check_token, push
-from timm_sugar.runs import write_atomically
+from timm_sugar.runs import environment, write_atomically
 from timm_sugar.stage import Run, add_twin, stage
 from timm_sugar.tags import MODEL_CARDS, ORG, TAGS_FILE, WEIGHTS, describe
 
@@ -53,8 +49,7 @@ def evaluate(data: str | None, *options: str) -> dict[str, Any]:
             raise UserError("the evaluation failed, see above")
         row = json.loads(results.read_text())
     numbers = {key: row[key] for key in ("top1", "top5", "loss", "dead_units", "sparsity", "images")}
-    versions = {"torch": torch.__version__, "timm": timm.__version__, "timm_sugar": __version__}
-    return numbers | versions | {"device": f"CPU, {os.cpu_count()} cores, {platform.machine()}"}
+    return numbers | environment("CPU")
 
 
 def stage_run(args: argparse.Namespace) -> None:

@@ -37,8 +37,8 @@ import yaml
 from timm_sugar.cli import Parser, UserError, as_options, choose_device, explained
 from timm_sugar.data import open_dataset
 from timm_sugar.evidence import compare, write_page, write_picture
-from timm_sugar.experiments import COLUMNS, CURVES, TABLES, Table, list_tables, load_table, read_rows, write_rows
-from timm_sugar.runs import environment, read_summary, write_atomically
+from timm_sugar.experiments import COLUMNS, CURVES, TABLES, Table, list_tables, load_table
+from timm_sugar.runs import environment, read_rows, read_summary, write_atomically, write_rows
 from timm_sugar.subset import make_noise, make_subset
 
 ROOT = Path(__file__).resolve().parents[1]

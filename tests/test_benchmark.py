@@ -18,6 +18,7 @@ from scripting import error_line, load_script
 from torch import nn
 
 from timm_sugar import SUGAR, benchmark, cost, variants
+from timm_sugar.runs import read_rows
 from timm_sugar.workloads import TrainingStep, Workload
 
 script = load_script("benchmark")
@@ -227,11 +228,11 @@ def test_a_row_takes_the_place_of_the_one_with_the_same_settings(tmp_path: Path)
     cost.record(path, rows_of({"relu": [1.0], "sugar": [2.0]}, subject="a"))
     cost.record(path, rows_of({"relu": [1.0], "sugar": [3.0]}, subject="b"))
     cost.record(path, rows_of({"sugar": [5.0]}, subject="a"))
-    found = [(row["subject"], row["variant"], row["median"]) for row in cost.load(path)]
+    found = [(row["subject"], row["variant"], row["median"]) for row in read_rows(path)]
     assert found == [("a", "relu", "1"), ("a", "sugar", "5"), ("b", "relu", "1"), ("b", "sugar", "3")]
     elsewhere = [row | {"machine": "another"} for row in rows_of({"sugar": [7.0]}, subject="a")]
     cost.record(path, elsewhere)
-    assert [row["median"] for row in cost.load(path)] == ["1", "5", "1", "3", "7"]
+    assert [row["median"] for row in read_rows(path)] == ["1", "5", "1", "3", "7"]
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
@@ -400,7 +401,7 @@ def test_tables_leave_other_surrogates_out(tmp_path: Path) -> None:
         surrogates, samples = {"relu": "", "sugar": surrogate}, {"relu": [1.0], "sugar": [factor]}
         rows = cost.summarize({"subject": "net", "mode": "eager"}, "step", "s", samples, surrogates, ENVIRONMENT)
         cost.record(tmp_path / "benchmark_model.csv", rows)
-    shown = cost.of_default(cost.load(tmp_path / "benchmark_model.csv"))
+    shown = cost.of_default(read_rows(tmp_path / "benchmark_model.csv"))
     assert [row["median"] for row in shown] == ["1", "2", "3"]
 
 

@@ -21,9 +21,10 @@ from torch import nn
 
 from timm_sugar import SUGAR, evidence
 from timm_sugar.cli import as_options
-from timm_sugar.experiments import COLUMNS, TABLES, Table, list_tables, load_table, read_rows
+from timm_sugar.experiments import COLUMNS, TABLES, Table, list_tables, load_table
 from timm_sugar.options import build_parser
 from timm_sugar.paired import difference, estimate
+from timm_sugar.runs import read_rows
 from timm_sugar.surrogate import get_surrogate, list_surrogates
 
 sys.path.insert(0, str(TABLES))  # as scripts/reproduce.py does for the processes that it starts

@@ -6,8 +6,6 @@ and to the base's own activation (for an activation alone: to GELU) in the same 
 
 from __future__ import annotations
 
-import csv
-import io
 import os
 import platform
 import re
@@ -19,7 +17,7 @@ import timm
 import torch
 
 from timm_sugar.benchmark import ratios, slope, spread
-from timm_sugar.runs import write_atomically
+from timm_sugar.runs import read_rows, write_rows
 from timm_sugar.variants import OWN, describe
 from timm_sugar.version import __version__
 
@@ -120,25 +118,10 @@ def summarize(
     return rows
 
 
-def load(*paths: Path) -> list[Row]:
-    """The rows of some files; none of a file that isn't there."""
-    rows: list[Row] = []
-    for path in paths:
-        if path.exists():
-            with open(path, newline="") as file:
-                rows += csv.DictReader(file)
-    return rows
-
-
 def record(path: Path, rows: Iterable[Row]) -> None:
     """Add rows to a file, in the place of those of the same setting, variant, metric and machine."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    merged = {tuple(row[key] for key in KEY): row for row in [*load(path), *rows]}
-    text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(merged.values())
-    write_atomically(path, text.getvalue())
+    merged = {tuple(row[key] for key in KEY): row for row in [*read_rows(path), *rows]}
+    write_rows(path, merged.values(), COLUMNS)
 
 
 def of_default(rows: Iterable[Row]) -> list[Row]:
@@ -221,7 +204,7 @@ def growth_table(rows: list[Row]) -> str:
 def tables(results: Path) -> str:
     """All tables in Markdown, for each machine that there are rows of in `results`."""
     names = ("activation", "model", "memory", "inference", "growth")
-    rows = [row | {"file": name} for name in names for row in of_default(load(results / f"benchmark_{name}.csv"))]
+    rows = [row | {"file": name} for name in names for row in of_default(read_rows(results / f"benchmark_{name}.csv"))]
     parts = []
     for (device, processor, cores), found in _groups(rows, ("device", "machine", "cores")).items():
         threads, version = found[0]["threads"], found[0]["torch"]

@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from timm_sugar.experiments import TABLES, Table, list_tables, load_table, read_rows
+from timm_sugar.experiments import TABLES, Table, list_tables, load_table
 from timm_sugar.paired import Estimate, Rows, by_seed, difference, level
-from timm_sugar.runs import save_figure, write_atomically
+from timm_sugar.runs import read_rows, save_figure, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

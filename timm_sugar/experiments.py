@@ -17,8 +17,6 @@ Further keys: `note`, a sentence for the page; `script` (scripts/train.py); `sub
 
 from __future__ import annotations
 
-import csv
-import io
 import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -27,7 +25,6 @@ from typing import Any
 import yaml
 
 from timm_sugar.cli import UserError, as_options, explained
-from timm_sugar.runs import write_atomically
 
 TABLES = Path(__file__).parent.parent / "scripts" / "reproduce"  # there in a checkout
 COLUMNS = (
@@ -111,21 +108,3 @@ def _read(path: Path) -> dict[str, Any]:
         return values
     base = _read(path.with_name(f"{values.pop('base')}.yaml"))
     return {**base, **values, "options": {**base.get("options", {}), **values.get("options", {})}}
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    """All rows of a file of results, none if there is no such file."""
-    if not path.exists():
-        return []
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
-    """All rows, whole or not at all."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, text.getvalue())

@@ -7,6 +7,7 @@ import csv
 import io
 import os
 import platform
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,12 +74,27 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     os.replace(partial_path, path)
 
 
+def read_rows(path: Path) -> list[dict[str, str]]:
+    """All rows of a CSV file, none if there is no such file."""
+    if not path.exists():
+        return []
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[str]) -> None:
+    """A CSV file, whole or not at all. Raises ValueError for a row that has other columns too."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text.getvalue())
+
+
 def read_summary(folder: Path, epochs: int) -> list[dict[str, Any]]:
     """The rows of summary.csv of the first `epochs` epochs, none if there is no such file."""
-    if not (folder / "summary.csv").exists():
-        return []
-    with open(folder / "summary.csv", newline="") as file:
-        return [row for row in csv.DictReader(file) if int(row["epoch"]) < epochs]
+    return [row for row in read_rows(folder / "summary.csv") if int(row["epoch"]) < epochs]
 
 
 def write_summary(folder: Path, rows: list[dict[str, Any]]) -> None:

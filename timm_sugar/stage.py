@@ -6,8 +6,6 @@ A folder is exactly what its repository on the Hub holds; its name is the model'
 from __future__ import annotations
 
 import copy
-import csv
-import io
 import os
 import shutil
 import tempfile
@@ -27,7 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from timm_sugar.card import CARD, CONFIG, RECIPE, RESULTS, TWIN, card, read_results
 from timm_sugar.cli import UserError, explained
 from timm_sugar.models import ALIASES, SUFFIX
-from timm_sugar.runs import read_checkpoint, read_summary, write_atomically
+from timm_sugar.runs import read_checkpoint, read_summary, write_atomically, write_rows
 from timm_sugar.surgery import sugarize
 from timm_sugar.surrogate import get_surrogate, parameter_names, resolve_parameters
 from timm_sugar.tags import WEIGHTS
@@ -206,8 +204,4 @@ def statistics(folder: Path) -> dict[str, int]:
 
 def write_results(folder: Path, rows: list[dict[str, Any]]) -> None:
     """Measurements as CSV, those of the folder's own weights first."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomically(folder / RESULTS, text.getvalue())
+    write_rows(folder / RESULTS, [{key: row.get(key, "") for key in _COLUMNS} for row in rows], _COLUMNS)

@@ -171,6 +171,18 @@ def to_relu(model: nn.Module) -> list[str]:
     return [place.name for place in places]
 
 
+def exchange_sugar(model: nn.Module, make: Callable[[], nn.Module]) -> None:
+    """Put what `make` returns in the place of every SUGAR module below a model; shared instances stay shared.
+
+    For comparisons with other activations in the same places; to deploy a model there is `to_relu`.
+    """
+    replaced: dict[nn.Module, nn.Module] = {}
+    for place in [place for place in _places(model) if isinstance(place.activation, SUGAR)]:
+        if place.activation not in replaced:
+            replaced[place.activation] = make()
+        place.put(replaced[place.activation])
+
+
 def _type_name(activation: Any) -> str:
     if isinstance(activation, functools.partial):
         activation = activation.func

@@ -5,6 +5,7 @@ The alternatives are the ways in which surrogate gradients are usually written, 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 from collections.abc import Callable
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_sugar.activation import SUGAR
-from timm_sugar.surgery import sugarize, to_relu
+from timm_sugar.surgery import exchange_sugar, sugarize, to_relu
 from timm_sugar.surrogate import get_surrogate, surrogate_derivative
 
 OWN = "own"  # the network as timm makes it
@@ -140,10 +141,7 @@ def make_model(base: str, variant: str, settings: dict[str, Any], **arguments: A
     if name == "relu":
         to_relu(model)
     elif name != "sugar":
-        for owner in list(model.modules()):
-            for key, child in owner._modules.items():
-                if isinstance(child, SUGAR):
-                    owner._modules[key] = make_activation(variant, settings)
+        exchange_sugar(model, functools.partial(make_activation, variant, settings))
     return model
 
 

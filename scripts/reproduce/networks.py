@@ -25,7 +25,8 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from timm_sugar import SUGAR, sugarize
+from timm_sugar import sugarize
+from timm_sugar.surgery import exchange_sugar
 from timm_sugar.surrogate import get_surrogate, parameter_names, resolve_parameters
 
 SWIN_TINY = "swin_tiny_patch4_window7_224"
@@ -48,10 +49,7 @@ def activate(model: nn.Module, activation: str, **parameters: float) -> None:
     """Put `activation` ("relu" or a surrogate's name) where `sugarize` would put SUGAR. Raises as `sugarize` does."""
     make = nn.ReLU if activation == "relu" else partial(Plain, activation, **parameters)
     sugarize(model)
-    for parent in list(model.modules()):
-        for name, child in parent.named_children():
-            if isinstance(child, SUGAR):
-                setattr(parent, name, make())
+    exchange_sugar(model, make)
 
 
 class DeepMLP(nn.Module):
