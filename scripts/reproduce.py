@@ -38,7 +38,7 @@ from timm_sugar.cli import Parser, UserError, as_options, choose_device, explain
 from timm_sugar.data import open_dataset
 from timm_sugar.evidence import compare, write_page, write_picture
 from timm_sugar.experiments import COLUMNS, CURVES, TABLES, Table, list_tables, load_table
-from timm_sugar.runs import environment, read_rows, read_summary, write_atomically, write_rows
+from timm_sugar.runs import START, environment, read_rows, read_summary, write_atomically, write_rows
 from timm_sugar.subset import make_noise, make_subset
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -147,16 +147,18 @@ class Run:
         """The rows of the results: one of the run, and one for each epoch."""
         args = yaml.safe_load((self.folder / "args.yaml").read_text())
         own, curves = {"variant": self.variant, "seed": self.seed}, []
-        for row in read_summary(self.folder, epochs):
-            numbers = {key: shown(row.get(f"eval_{key}", "")).replace("nan", "") for key in METRICS}  # no such units
-            curves.append({"epoch": int(row["epoch"]), **own, "train_loss": shown(row["train_loss"]), **numbers})
+        for row in [*read_rows(self.folder / START), *read_summary(self.folder, epochs)]:
+            numbers = {key: shown(row.get(f"eval_{key}")).replace("nan", "") for key in METRICS}  # no such units
+            curves.append(
+                {"epoch": int(row["epoch"]), **own, "train_loss": shown(row.get("train_loss")), **numbers}
+            )
         last = {key: value for key, value in curves[-1].items() if key in COLUMNS}
         device = environment(choose_device(args.get("device")))
         curves = [{key: row[key] for key in CURVES} for row in curves]
-        return {"row": {**last, "epochs": len(curves), **device, "command": self.command}, "epochs": curves}
+        return {"row": {**last, "epochs": epochs, **device, "command": self.command}, "epochs": curves}
 
 
-def shown(number: str) -> str:
+def shown(number: str | None) -> str:
     """Four decimals; what isn't there stays empty."""
     return f"{float(number):.4f}" if number else ""
 

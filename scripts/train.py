@@ -52,12 +52,14 @@ from timm_sugar.data import DataError, check_classes, open_dataset
 from timm_sugar.diagnose import watch
 from timm_sugar.options import parse_args
 from timm_sugar.runs import (
+    START,
     find_checkpoint,
     is_saved,
     plot_curves,
     read_checkpoint,
     read_summary,
     write_atomically,
+    write_rows,
     write_summary,
 )
 
@@ -276,6 +278,8 @@ class Run:
 
     def train(self) -> None:
         """All remaining epochs."""
+        if self.args.eval_first and not self.start_epoch:
+            self.evaluate_start()
         for epoch in range(self.start_epoch, self.epochs):
             seed_epoch(self.args, self.train_loader, epoch)
             row: dict[str, Any] = {"epoch": epoch, "train_loss": self.train_one_epoch(epoch)}
@@ -290,6 +294,15 @@ class Run:
                 self.save(epoch, row)
             if self.scheduler:
                 self.scheduler.step(epoch + 1)
+
+    def evaluate_start(self) -> None:
+        """What the weights do before training, as epoch -1 in start.csv."""
+        if self.eval_loader is None:
+            raise UserError("--eval-first needs a validation split (--val-split)")
+        row = {"epoch": -1, **{f"eval_{k}": v for k, v in self.evaluate(-1).items()}}
+        if self.folder:
+            with self.saving():
+                write_rows(self.folder / START, [row], list(row))
 
     def train_one_epoch(self, epoch: int) -> float:
         """One pass over the training data; returns the mean loss of all processes."""

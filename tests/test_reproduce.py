@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 import yaml
+from safetensors.torch import save_file
 from scipy import stats
 from scripting import SCRIPTS, error_line, load_script, make_images
 from torch import nn
@@ -156,6 +157,7 @@ def test_every_run_has_options_that_its_script_takes_and_a_model_that_can_be_mad
             continue
         args = build_parser().parse_args(words)
         assert {key: getattr(args, key) for key in settings} == settings
+        args.pretrained, args.pretrained_path, args.initial_checkpoint = False, None, ""  # files that a user makes
         with torch.device("meta"):
             model = train.build_model(args).eval()
             assert model(torch.zeros(1, 3, args.img_size, args.img_size)).shape == (1, args.num_classes)
@@ -212,6 +214,43 @@ def test_variants_start_from_the_same_weights_and_gelu_is_timms_own() -> None:
     for model in others:
         for key, value in plain.state_dict().items():
             assert torch.equal(model.state_dict()[key], value), key
+
+
+def test_a_plain_variant_starts_from_pretrained_weights_as_the_network_does(tmp_path: Path) -> None:
+    file = tmp_path / "weights.safetensors"
+    original = timm.create_model("tf_efficientnet_lite0", num_classes=3)
+    save_file(original.state_dict(), file)
+    overlay = {"file": str(file), "num_classes": 3}
+    model = timm.create_model(
+        "tf_efficientnet_lite0_plain", pretrained=True, pretrained_cfg_overlay=overlay, num_classes=3, activation="relu"
+    )
+    assert not any(isinstance(module, nn.ReLU6) for module in model.modules())
+    assert any(isinstance(module, nn.ReLU) for module in model.modules())
+    for key, value in original.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+
+
+def test_a_table_can_continue_another_one_seed_by_seed_and_shows_where_it_started(
+    tiny: Path, data: Path, tmp_path: Path
+) -> None:
+    """After 0 epochs each seed has the numbers that the run it starts from ended with."""
+    shared = ["--data-dir", str(data), "-j", "0", "--device", "cpu", "--results", str(tmp_path)]
+    shared += ["--output", str(tmp_path / "runs")]
+    assert reproduce.main([str(tiny), "--only", "relu", *shared]) == 0
+    start = tmp_path / "runs" / "tiny" / "relu-{seed}" / "last.pth.tar"
+    more = f"{{epochs: 1, eval_first: true, log_interval: null, initial_checkpoint: '{start}'}}"
+    (tmp_path / "next.yaml").write_text(f"base: tiny\ntitle: Next\noptions: {more}\n")
+    assert "log_interval" not in load_table(str(tmp_path / "next.yaml")).settings("relu", 0)
+    assert reproduce.main([str(tmp_path / "next.yaml"), "--only", "relu", "sugar-nelu", *shared]) == 0
+    before = {row["seed"]: row["top1"] for row in read_rows(tmp_path / "tiny.csv")}
+    epochs = read_rows(tmp_path / "next_epochs.csv")
+    assert len(epochs) == 2 * 2 * 2
+    assert {row["seed"]: row["top1"] for row in epochs if row["epoch"] == "-1"} == before
+    assert {row["epochs"] for row in read_rows(tmp_path / "next.csv")} == {"1"}
+    text = evidence.table_of_epochs(load_table(str(tmp_path / "next.yaml")), epochs)
+    assert "| top-1 (%) after | 0 epochs | 1 epoch |" in text
+    assert text.splitlines()[-1].startswith("| `sugar-nelu` |")
+    assert "(+0.00 [+0.00, +0.00])" in text.splitlines()[-1]
 
 
 def test_only_and_seeds_choose_a_part_and_earlier_rows_stay(
@@ -382,7 +421,7 @@ def test_page_is_that_of_the_committed_numbers_and_every_row_can_be_made_again()
 def test_heads_of_the_tables_name_their_own_command() -> None:
     for table in ALL:
         text = (TABLES / f"{table.name}.yaml").read_text()
-        head = [line for line in text.splitlines() if line.startswith("#   python ")]
+        head = [line for line in text.splitlines() if line.startswith("#   python scripts/reproduce.py ")]
         assert len(head) == 1, table.name
         words = head[0].removeprefix("#   python scripts/reproduce.py ").split()
         assert words[0] == table.name

@@ -115,6 +115,20 @@ def test_args_yaml_repeats_the_run(finished: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "run", finished)
 
 
+def test_weights_can_be_validated_before_training_which_changes_nothing(
+    data: Path, finished: Path, tmp_path: Path
+) -> None:
+    """The start of the second run is what the first one ended with, whose last row has the numbers."""
+    assert train.main(options(data, tmp_path, "--eval-first", experiment="same")) == 0
+    assert (tmp_path / "same" / "summary.csv").read_text() == (finished / "summary.csv").read_text()
+    start = ["--initial-checkpoint", str(finished / "last.pth.tar"), "--eval-first", "--epochs", "1"]
+    assert train.main(options(data, tmp_path, *start, experiment="next")) == 0
+    (row,) = csv.DictReader((tmp_path / "next" / "start.csv").read_text().splitlines())
+    assert row["epoch"] == "-1"
+    last = summary(finished)[-1]
+    assert {key: last[key] for key in row if key != "epoch"} == {key: row[key] for key in row if key != "epoch"}
+
+
 def test_another_seed_gives_another_run(data: Path, finished: Path, tmp_path: Path) -> None:
     assert train.main(options(data, tmp_path, "--seed", "1", "--epochs", "1")) == 0
     weights = load_file(tmp_path / "run" / "last.pth.tar")["state_dict"]

@@ -76,6 +76,25 @@ def table_of(table: Table, rows: Rows) -> str:
     return "\n".join(f"| {' | '.join(line)} |".replace("|  ", "| ") for line in lines)
 
 
+def table_of_epochs(table: Table, epochs: list[dict[str, str]]) -> str:
+    """Top-1 after each epoch, minus the baseline's, in Markdown; empty unless the start was validated (epoch -1)."""
+    numbers = sorted({int(row["epoch"]) for row in epochs})
+    if -1 not in numbers:
+        return ""
+    at = {number: [row for row in epochs if row["epoch"] == str(number)] for number in numbers}
+    lines = [["top-1 (%) after", *(f"{number + 1} epochs".replace("1 epochs", "1 epoch") for number in numbers)]]
+    lines.append(["---"] * len(lines[0]))
+    for name in table.variants:
+        cells = [spread(level(rows, name)) for rows in at.values()]
+        if name != table.baseline:
+            gaps = [interval(difference(rows, name, table.baseline)) for rows in at.values()]
+            cells = [f"{cell} ({gap})" if gap else cell for cell, gap in zip(cells, gaps, strict=True)]
+        if any(cells):
+            lines.append([f"`{name}`", *cells])
+    head = f"In brackets: minus `{table.baseline}`.\n\n"
+    return head + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
 def verdict(table: Table, rows: Rows) -> str:
     """By rule: for which variants top-1 is above the baseline's, or below, and for which no difference is shown.
 
@@ -116,15 +135,18 @@ def compare(table: Table, rows: list[dict[str, str]]) -> str:
     return f"\n{table.title}\n\n{table_of(table, rows)}\n\n{verdict(table, rows)}"
 
 
-def section(table: Table, rows: list[dict[str, str]], picture: bool) -> str:
-    """The part of the page about one table."""
+def section(table: Table, results: Path) -> str:
+    """The part of the page about one table that has run."""
+    rows, curves = read_rows(results / f"{table.name}.csv"), read_rows(results / f"{table.name}_epochs.csv")
     ran = {key: sorted({row[key] for row in rows}) for key in ("device", "torch", "timm", "timm_sugar", "epochs")}
     versions = ", ".join(f"{key} {'/'.join(ran[key])}" for key in ("torch", "timm", "timm_sugar"))
     epochs = f"{'/'.join(ran['epochs'])} epochs; {'; '.join(ran['device'])}; {versions}."
     note = f"{table.note}\n\n" if table.note else ""
-    image = f"\n![Top-1 and dead units by variant and epoch]({table.name}.png)\n" if picture else ""
+    picture, by_epoch = results / f"{table.name}.png", table_of_epochs(table, curves)
+    by_epoch = f"\n{by_epoch}\n" if by_epoch else ""
+    image = f"\n![Top-1 and dead units by variant and epoch]({table.name}.png)\n" if picture.exists() else ""
     return (
-        f"\n## {table.title}\n\n{note}{verdict(table, rows)}\n\n{table_of(table, rows)}\n{image}\n{epochs}\n"
+        f"\n## {table.title}\n\n{note}{verdict(table, rows)}\n\n{table_of(table, rows)}\n{by_epoch}{image}\n{epochs}\n"
         f"Settings: [`{table.name}.yaml`](../scripts/reproduce/{table.name}.yaml); each run: [`{table.name}.csv`]"
         f"({table.name}.csv). Again:\n\n```bash\n{command(table)}\n```\n"
     )
@@ -133,16 +155,15 @@ def section(table: Table, rows: list[dict[str, str]], picture: bool) -> str:
 def command(table: Table) -> str:
     """The command that runs a table, as it stands in the head of its file."""
     lines = (TABLES / f"{table.name}.yaml").read_text().splitlines()
-    return next(line for line in lines if line.startswith("#   python")).lstrip("# ")
+    return next(line for line in lines if line.startswith("#   python scripts/reproduce.py")).lstrip("# ")
 
 
 def page(results: Path) -> str:
     """The text of results/README.md: the tables that have run, then the names of those that haven't."""
     parts, missing = [PAGE], []
     for table in map(load_table, list_tables()):
-        rows = read_rows(results / f"{table.name}.csv")
-        if rows:
-            parts.append(section(table, rows, (results / f"{table.name}.png").exists()))
+        if read_rows(results / f"{table.name}.csv"):
+            parts.append(section(table, results))
         else:
             missing.append(f"- {table.title}: `{command(table)}`")
     if missing:

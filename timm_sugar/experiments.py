@@ -11,6 +11,8 @@
       sugar-nelu: {sugar: nelu, alpha: 0.05}     # ReLU with the gradient of the surrogate
       small-steps: {plain: relu, options: {lr: 0.001}}
 
+In options, `{seed}` stands for the seed, so that a run can start from what another one left, and `null` leaves out one
+of the base.
 Further keys: `note`, a sentence for the page; `script` (scripts/train.py); `subset`, the arguments of `make_subset`
 (subset.py); and `base`, another table from which everything comes that this one doesn't say; `options` are merged.
 """
@@ -53,6 +55,11 @@ class Table:
         """The options of one run, by their names in args.yaml."""
         own = dict(self.variants[variant])
         options = {**self.options, **own.pop("options", {}), "seed": seed}
+        for key, value in list(options.items()):
+            if isinstance(value, str):
+                options[key] = value.replace("{seed}", str(seed))
+            elif value is None:
+                del options[key]
         suffix = next((key for key in ("plain", "sugar") if key in own), "")
         if suffix:
             own = {"activation" if suffix == "plain" else "surrogate": own.pop(suffix), **own}

@@ -144,6 +144,7 @@ def build_parser(description: str = "") -> Parser:
     add("--output", default="./output/train", metavar="DIR", help="folder of runs (default: %(default)s)")
     add("--experiment", default="", metavar="NAME", help="name of the run (default: time, model and image size)")
     add("--eval-metric", default="top1", choices=("top1", "top5", "loss"), help="what the best checkpoint is best at")
+    add("--eval-first", **flag, help="validate before the first epoch too; the numbers go to start.csv")
     add("--checkpoint-hist", **whole, default=10, help="checkpoints to keep (default: %(default)s)")
     add("--log-interval", **whole, default=50, help="updates between lines where no terminal shows a progress bar")
     return parser

@@ -20,6 +20,7 @@ from timm_sugar.version import __version__
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+START = "start.csv"  # one row as of summary.csv, on the weights before training
 _LAST, _PARTIAL = "last.pth.tar", "tmp.pth.tar"  # as timm's CheckpointSaver names them
 
 

@@ -30,7 +30,8 @@ from timm_sugar.surgery import exchange_sugar
 from timm_sugar.surrogate import get_surrogate, parameter_names, resolve_parameters
 
 SWIN_TINY = "swin_tiny_patch4_window7_224"
-NETWORKS = ("resnet18", "vgg16", "vgg16_bn", "conv2next_tiny", "convnext_atto", SWIN_TINY, "deep_mlp")
+NETWORKS = ("resnet18", "vgg16", "vgg16_bn", "conv2next_tiny", "convnext_atto", SWIN_TINY, "deep_mlp",
+            "tf_efficientnet_lite0")  # fmt: skip
 
 
 class Plain(nn.Module):
@@ -96,10 +97,8 @@ def _register(name: str, base: str, exchange: Callable[..., Any], argument: str)
     """Register `name`: the base, in which `exchange(model, kwargs[argument], **parameters)` replaces activations."""
 
     def create(pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: Any) -> nn.Module:
-        assert not pretrained, f"{name} has no weights"
         chosen = {key: kwargs.pop(key) for key in (argument, *parameter_names()) if key in kwargs}
-        kwargs.pop("pretrained_cfg_overlay", None)
-        model = model_entrypoint(base)(pretrained_cfg=pretrained_cfg, **kwargs)
+        model = model_entrypoint(base)(pretrained=pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
         exchange(model, **chosen)
         return model
 
