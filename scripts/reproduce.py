@@ -149,9 +149,7 @@ class Run:
         own, curves = {"variant": self.variant, "seed": self.seed}, []
         for row in [*read_rows(self.folder / START), *read_summary(self.folder, epochs)]:
             numbers = {key: shown(row.get(f"eval_{key}")).replace("nan", "") for key in METRICS}  # no such units
-            curves.append(
-                {"epoch": int(row["epoch"]), **own, "train_loss": shown(row.get("train_loss")), **numbers}
-            )
+            curves.append({"epoch": int(row["epoch"]), **own, "train_loss": shown(row.get("train_loss")), **numbers})
         last = {key: value for key, value in curves[-1].items() if key in COLUMNS}
         device = environment(choose_device(args.get("device")))
         curves = [{key: row[key] for key in CURVES} for row in curves]
