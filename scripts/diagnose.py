@@ -13,22 +13,18 @@ CSV and the picture go to --output.
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
 import timm_sugar
 from timm_sugar.cli import Parser, explained
 from timm_sugar.diagnose import DORMANT, Activations
+from timm_sugar.evidence import draw_depth
 from timm_sugar.loading import add_compare, add_options, each_model
-from timm_sugar.runs import save_figure, write_atomically
-
-PANELS = {"dead": "dead units (%)", "zeros": "exact zeros (%)", "gradient": "units with a gradient (%)"}
+from timm_sugar.runs import write_rows
 
 
 def build_parser() -> Parser:
@@ -42,26 +38,10 @@ def build_parser() -> Parser:
     return parser
 
 
-def write_csv(reports: dict[str, Activations], path: Path) -> None:
-    """All rows of all models; shares as 0..1."""
-    text = io.StringIO()
+def rows_of(reports: dict[str, Activations]) -> list[dict[str, str]]:
+    """All rows of all models as they stand in the CSV; shares as 0..1."""
     rows = [{"model": name, **row} for name, report in reports.items() for row in report.rows()]
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({key: f"{v:.6g}" if isinstance(v, float) else v for key, v in row.items()} for row in rows)
-    write_atomically(path, text.getvalue())
-
-
-def draw(reports: dict[str, Activations], path: Path) -> None:
-    """Shares by depth, one panel each, all models in each panel."""
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    for axes, (key, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
-        for (name, report), marker in zip(reports.items(), "os", strict=False):
-            axes.plot([100 * row[key] for row in report.rows()[:-1]], f"-{marker}", markersize=4, label=name)
-        axes.set(title=title, xlabel="activation, by depth", ylim=(-3, 103))
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend()
-    save_figure(figure, path)
+    return [{key: f"{v:.6g}" if isinstance(v, float) else str(v) for key, v in row.items()} for row in rows]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -73,9 +53,9 @@ def run(args: argparse.Namespace) -> None:
             reports[name] = timm_sugar.diagnose(model, batches, tau=args.tau)
         print(reports[name], flush=True)
     with explained(f"can't write to {args.output}"):
-        args.output.mkdir(parents=True, exist_ok=True)
-        write_csv(reports, args.output / "activations.csv")
-        draw(reports, args.output / "activations.png")
+        rows = rows_of(reports)
+        write_rows(args.output / "activations.csv", rows, list(rows[0]))
+        draw_depth(rows, args.output / "activations.png")
     print(f"\nnumbers  {args.output / 'activations.csv'}\npicture  {args.output / 'activations.png'}")
 
 

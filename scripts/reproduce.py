@@ -36,7 +36,7 @@ import yaml
 
 from timm_sugar.cli import Parser, UserError, as_options, choose_device, explained
 from timm_sugar.data import open_dataset
-from timm_sugar.evidence import compare, write_page, write_picture
+from timm_sugar.evidence import DEPTHS, compare, draw_depth, write_page, write_picture
 from timm_sugar.experiments import COLUMNS, CURVES, TABLES, Table, list_tables, load_table
 from timm_sugar.runs import START, environment, read_rows, read_summary, write_atomically, write_rows
 from timm_sugar.subset import make_noise, make_subset
@@ -246,6 +246,9 @@ def run(args: argparse.Namespace) -> None:
         ran = [name for name in list_tables() if (args.results / f"{name}.csv").exists()]
         for table in map(load_table, ran):
             write_picture(table, args.results)
+        for name in DEPTHS:
+            if rows := read_rows(args.results / name / "activations.csv"):
+                draw_depth(rows, args.results / name / "activations.png")
     write_page(args.results)
 
 

@@ -13,7 +13,6 @@ args.yaml, train.log, summary.csv, curves.png, last.pth.tar, model_best.pth.tar 
 from __future__ import annotations
 
 import argparse
-import importlib
 import math
 import random
 import shlex
@@ -47,7 +46,7 @@ from torch import nn
 from tqdm import tqdm
 
 import timm_sugar  # noqa: F401  registers the models
-from timm_sugar.cli import Parser, UserError, explained
+from timm_sugar.cli import Parser, UserError, explained, import_modules
 from timm_sugar.data import DataError, check_classes, open_dataset
 from timm_sugar.diagnose import watch
 from timm_sugar.options import parse_args
@@ -393,8 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     run: Run | None = None
     try:
         args, resume = parse_args(sys.argv[1:] if argv is None else argv, __doc__ or "")
-        for module in args.device_modules or ():
-            importlib.import_module(module)
+        import_modules(args.device_modules)
         run = Run(args, resume)
         run.train()
     except UserError as error:

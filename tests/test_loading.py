@@ -11,9 +11,9 @@ import torch
 from scripting import make_images
 from torch.utils.data import IterableDataset
 
-from timm_sugar.cli import Parser
+from timm_sugar.cli import Parser, UserError
 from timm_sugar.data import DataError, RandomPart
-from timm_sugar.loading import add_options, open_loader
+from timm_sugar.loading import add_options, load_model, open_loader
 
 
 def test_part_is_drawn_from_all_classes_and_preprocessed_like_the_whole(tmp_path: Path) -> None:
@@ -48,3 +48,25 @@ def test_no_part_is_taken_of_a_stream() -> None:
 
     with pytest.raises(DataError, match="stream"):
         RandomPart(Stream(), 1)
+
+
+def test_a_run_brings_the_modules_that_register_its_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The settings beside a checkpoint name them; where they can't be imported, one line says so."""
+    model = timm.create_model("test_resnet", num_classes=3)
+    torch.save({"state_dict": model.state_dict()}, tmp_path / "last.pth.tar")
+    (tmp_path / "args.yaml").write_text("model: my_own_net\nnum_classes: 3\ndevice_modules: [my_own_nets]\n")
+    parser = Parser("test")
+    add_options(parser)
+
+    def load() -> torch.nn.Module:
+        return load_model(parser.parse_args(["--checkpoint", str(tmp_path)]))[0]
+
+    with pytest.raises(UserError, match="--device-modules: No module named 'my_own_nets'"):
+        load()
+    (tmp_path / "my_own_nets.py").write_text(
+        "from timm.models import create_model, register_model\n\n\n@register_model\n"
+        "def my_own_net(pretrained=False, **kwargs):\n    return create_model('test_resnet', num_classes=3)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for key, value in load().state_dict().items():
+        assert torch.equal(value, model.state_dict()[key])

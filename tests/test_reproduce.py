@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 import timm
 import torch
 import yaml
+from PIL import Image, ImageChops
 from safetensors.torch import save_file
 from scipy import stats
 from scripting import SCRIPTS, error_line, load_script, make_images
@@ -416,6 +418,20 @@ def test_page_is_that_of_the_committed_numbers_and_every_row_can_be_made_again()
         with open(RESULTS / f"{table.name}_epochs.csv", newline="") as file:
             last = {(row["variant"], row["seed"]): row for row in csv.DictReader(file)}
         assert all(last[row["variant"], row["seed"]]["top1"] == row["top1"] for row in rows)
+
+
+def test_pictures_are_those_of_the_committed_numbers(tmp_path: Path) -> None:
+    """Pixel by pixel, where the same matplotlib draws them."""
+    results = tmp_path / "results"
+    shutil.copytree(RESULTS, results, ignore=shutil.ignore_patterns("*.png"))
+    assert reproduce.main(["--results", str(results)]) == 0
+    drawn = sorted(path.relative_to(results) for path in results.rglob("*.png"))
+    assert drawn == sorted(path.relative_to(RESULTS) for path in RESULTS.rglob("*.png"))
+    for path in drawn:
+        with Image.open(results / path) as new, Image.open(RESULTS / path) as old:
+            if new.info["Software"] != old.info["Software"]:
+                pytest.skip(f"{path} was drawn by {old.info['Software']}: run scripts/reproduce.py to draw it again")
+            assert ImageChops.difference(new.convert("RGB"), old.convert("RGB")).getbbox() is None, path
 
 
 def test_heads_of_the_tables_name_their_own_command() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import importlib
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -71,6 +72,15 @@ class KeyValues(ParseKwargs):
             if "=" not in value:
                 parser.error(f"argument {option_string}: expected name=value, not {value!r}")
         super().__call__(parser, namespace, values, option_string)
+
+
+def import_modules(names: Sequence[str] | None) -> None:
+    """Import what --device-modules names. Raises UserError for a module that isn't there."""
+    try:
+        for name in names or ():
+            importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"--device-modules: {error} (is its folder in PYTHONPATH?)") from error
 
 
 def choose_device(name: str | None) -> str:

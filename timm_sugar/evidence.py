@@ -30,6 +30,17 @@ not counted.
 COLUMNS = ("variant", "n", "top-1 (%)", "minus `{}` (points)", "minus the activation itself (points)", "training loss",
            "dead units (%)", "zeros (%)")  # fmt: skip
 
+# Folders of results/ that scripts/diagnose.py wrote: heading, and the options that make them again.
+DEPTHS = {
+    "deep_depth": (
+        "The 50-layer MLP by depth",
+        "Seed 0 of the table `deep` above, on its held-out images: activations from the first to the last.",
+        "--data-dir output/reproduce/subset-per_class-1000-held_out-200 "
+        "--compare output/reproduce/deep/relu-0 output/reproduce/deep/sugar-nelu-0.01-0",
+    ),
+}
+PANELS = {"dead": "dead units (%)", "zeros": "exact zeros (%)", "gradient": "units with a gradient (%)"}
+
 
 def spread(value: Estimate, digits: int = 2, factor: float = 1) -> str:
     """Mean ± standard deviation; the mean alone for one seed, nothing without a number."""
@@ -166,9 +177,24 @@ def page(results: Path) -> str:
             parts.append(section(table, results))
         else:
             missing.append(f"- {table.title}: `{command(table)}`")
+    parts += [depth_section(name, results) for name in DEPTHS if (results / name / "activations.csv").exists()]
     if missing:
         parts.append("\n## Defined, not run here\n\n" + "\n".join(missing) + "\n")
     return "".join(parts)
+
+
+def depth_section(name: str, results: Path) -> str:
+    """The part of the page about one folder that scripts/diagnose.py wrote."""
+    title, text, options = DEPTHS[name]
+    totals = [row for row in read_rows(results / name / "activations.csv") if row["layer"] == "total"]
+    lines = [["", *PANELS.values()], ["---"] * (1 + len(PANELS))]
+    lines += [[f"`{row['model']}`", *(f"{100 * float(row[key]):.2f}" for key in PANELS)] for row in totals]
+    table = "\n".join(f"| {' | '.join(line)} |".replace("|  ", "| ") for line in lines)
+    command = f"PYTHONPATH=scripts/reproduce python scripts/diagnose.py {options} --output results/{name}"
+    return (
+        f"\n## {title}\n\n{text} All of them together:\n\n{table}\n\n![{', '.join(PANELS.values())} by depth]"
+        f"({name}/activations.png)\n\nAgain, once the table has run:\n\n```bash\n{command}\n```\n"
+    )
 
 
 def write_page(results: Path) -> None:
@@ -211,3 +237,19 @@ def draw_epochs(axes: Axes, epochs: list[dict[str, Any]], variant: str, column: 
     points = [(epoch + 1, factor * mean) for epoch, mean in zip(numbers, means, strict=True) if math.isfinite(mean)]
     if points:
         axes.plot(*zip(*points, strict=True), ".-", color=color, label=variant)
+
+
+def draw_depth(rows: list[dict[str, str]], path: Path) -> None:
+    """Shares by depth, one panel each, all models in each panel; `rows` as scripts/diagnose.py writes them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    for axes, (key, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+        for model, marker in zip(models, "os", strict=False):
+            shares = [100 * float(row[key]) for row in rows if row["model"] == model and row["layer"] != "total"]
+            axes.plot(shares, f"-{marker}", markersize=4, label=model)
+        axes.set(title=title, xlabel="activation, by depth", ylim=(-3, 103))
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend()
+    save_figure(figure, path)

@@ -15,14 +15,14 @@ from timm.data import create_loader, resolve_data_config
 from timm.models import clean_state_dict, create_model, resolve_model_input_args
 from torch import nn
 
-from timm_sugar.cli import KeyValues, UserError, choose_device, explained
+from timm_sugar.cli import KeyValues, UserError, choose_device, explained, import_modules
 from timm_sugar.data import RandomPart, check_classes, open_dataset
 from timm_sugar.runs import load_file
 
 # What a training run says about its model and data, and its user needs to know.
 _INHERITED = (
     *("model", "model_kwargs", "num_classes", "gp", "in_chans", "input_size", "img_size", "crop_pct", "mean", "std"),
-    *("interpolation", "data_dir", "dataset", "val_split", "class_map", "input_key", "target_key"),
+    *("interpolation", "data_dir", "dataset", "val_split", "class_map", "input_key", "target_key", "device_modules"),
 )
 
 
@@ -62,6 +62,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("-b", "--batch-size", type=int, default=256, metavar="N", help="(default: %(default)s)")
     add("-j", "--workers", type=int, default=4, metavar="N", help="loader processes (default: %(default)s)")
     add("--device", metavar="NAME", help="(default: the first of cuda, mps, cpu)")
+    add("--device-modules", nargs="+", metavar="MODULE", help="modules to import first (default: those of the run)")
 
 
 def add_compare(parser: argparse.ArgumentParser, images: int | None) -> None:
@@ -118,6 +119,7 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, str]:
                 setattr(args, name, settings[name])
     if not args.model:
         raise UserError("which model? Give --model NAME, or --checkpoint with a file or folder of scripts/train.py")
+    import_modules(args.device_modules)
     options = {"num_classes": args.num_classes, "global_pool": args.gp, **(args.model_kwargs or {})}
     with explained(f"can't create model {args.model}"):
         kwargs = resolve_model_input_args(args.model, vars(args), **options)
