@@ -1,4 +1,4 @@
-# make quickstart   train resnet18_sugar on scikit-learn's digits on the CPU and show what came out
+# make quickstart   fine-tune pretrained SUGAR weights on scikit-learn's digits on the CPU and show what came out
 # make test         run the tests on two cores
 # make clean        remove the environment and what the tools left
 #

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Train resnet18_sugar on real images in a few minutes on a CPU, and show what came out.
+"""Fine-tune pretrained SUGAR weights on other images in a minute on a CPU, beside the same training from random ones.
 
     python scripts/quickstart.py
 
-The images are the 1,797 handwritten digits (8x8 pixels) that scikit-learn ships, so nothing is downloaded. Weights
-start at random. The output folder gets the model, in the format that timm.create_model loads, and a picture.
+The weights are those of a tag in model_cards/; the images are the 1,797 handwritten digits (8x8 pixels) that
+scikit-learn ships. So nothing is downloaded. The output folder gets the fine-tuned model, in the format that
+timm.create_model loads, and a picture.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from timm_sugar.cli import Parser
 from timm_sugar.diagnose import watch
 
 NAME = "resnet18_sugar"
+TAG = "bsilu_tin200"  # what pretrained weights were trained on
 SIZE = 32  # pixels to which the 8x8 images are enlarged
 BATCH = 64
 LEARNING_RATE = 2e-3
@@ -43,11 +45,18 @@ def build_parser() -> Parser:
     """All options."""
     parser = Parser("quickstart.py", description=__doc__)
     add = parser.add_argument
-    add("--epochs", type=int, default=8, metavar="N", help="passes over the training images (default: %(default)s)")
+    add("--epochs", type=int, default=2, metavar="N", help="passes over the training images (default: %(default)s)")
     add("--surrogate", default="bsilu", metavar="NAME", help="whose derivative ReLU borrows (default: %(default)s)")
     add("--seed", type=int, default=42, metavar="N", help="(default: %(default)s)")
     add("--output", default="output/quickstart", metavar="DIR", help="overwritten (default: %(default)s)")
     return parser
+
+
+def build(args: argparse.Namespace, pretrained: bool) -> nn.Module:
+    """The model with a new classifier for ten digits, its other weights those of the tag or random as well."""
+    torch.manual_seed(args.seed)
+    name = f"{NAME}.{TAG}" if pretrained else NAME
+    return timm.create_model(name, pretrained=pretrained, num_classes=10, in_chans=1, surrogate=args.surrogate)
 
 
 def load_images(data_config: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -126,21 +135,25 @@ def draw(images: Tensor, labels: Tensor, predictions: Tensor, path: Path) -> Non
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train, save, load back, and tell what is where."""
+    """Train twice, from random weights and from the tag's; save the latter, load it back, and tell what is where."""
     start = time.time()
-    torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # the same numbers on any count of cores; a model this small gains little from more
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    model = timm.create_model(NAME, num_classes=10, in_chans=1, surrogate=args.surrogate)
+    model = build(args, pretrained=False)
     data_config = timm.data.resolve_data_config(
         {"input_size": (1, SIZE, SIZE), "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}, model=model
     )
     images, held_out, labels, truth = load_images(data_config)
     print(f"{NAME} ({args.surrogate}): {len(images)} images to train on, {len(held_out)} held out")
-    _, before = inspect(model, held_out, truth)
-    train(model, images, labels, args.epochs)
-    predictions, after = inspect(model, held_out, truth)
+    lines = []
+    for name in ("random weights", TAG):
+        model = build(args, pretrained=name == TAG)
+        print(f"\nstarting from {name}")
+        _, before = inspect(model, held_out, truth)
+        train(model, images, labels, args.epochs)
+        predictions, after = inspect(model, held_out, truth)
+        lines += [f"{name:22}{before}", f"{'  after training':22}{after}"]
 
     folder, picture = output / NAME, output / "predictions.png"
     save(model, data_config, folder)
@@ -149,8 +162,7 @@ def run(args: argparse.Namespace) -> None:
     timm_sugar.to_relu(loaded)
     same = torch.equal(inspect(loaded, held_out, truth)[0], predictions)
 
-    print(f"\non the held-out images{'accuracy':>12}{'dead units':>12}{'zeros':>12}")
-    print(f"{'before training':22}{before}\n{'after training':22}{after}")
+    print("\n".join([f"\non the held-out images{'accuracy':>12}{'dead units':>12}{'zeros':>12}", *lines]))
     print(f"loaded back as a plain ReLU network: predictions are {'the same' if same else 'DIFFERENT'}")
     print(f"\nmodel    {folder}\npicture  {picture}\ntime     {time.time() - start:.0f} s\n\nLoad it again:\n")
     print(f"    import timm, timm_sugar\n    model = timm.create_model('local-dir:{folder}', pretrained=True)\n")
