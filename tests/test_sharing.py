@@ -5,18 +5,22 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import timm_sugar
 from timm_sugar import SUGAR, activation, sugar
+from timm_sugar.benchmark import count_compilation
 
 # Families whose activation feeds a convolution, a linear layer (of three and four dimensions), a gate, several layers.
 NETS: dict[str, dict[str, Any]] = {
@@ -157,6 +161,16 @@ def test_compiled_graph_saves_no_more_than_relus(name: str) -> None:
     assert saved[0] <= saved[1]
 
 
+@pytest.mark.parametrize("name", ["test_resnet", "convnext_atto", "swin_tiny_patch4_window7_224"])
+def test_a_compiled_network_is_one_graph_that_is_compiled_once(name: str) -> None:
+    """As with ReLU: no graph break, and nothing compiled in the steps after the first."""
+    for relu in (False, True):
+        torch._dynamo.reset()
+        model = build(f"{name}_sugar", relu)
+        compiled = torch.compile(model, backend="aot_eager")
+        assert count_compilation(lambda: gradients(compiled)) == (0, 0)  # noqa: B023  called here and now
+
+
 # ---- the same gradient ----
 
 
@@ -172,6 +186,31 @@ def test_gradients_under_autocast_are_those_without_sharing(monkeypatch: pytest.
         ours = gradients(build("resnet18_sugar"))
         with unshared(monkeypatch):
             assert same(ours, gradients(build("resnet18_sugar")))
+
+
+def test_distributed_training_and_moving_average_are_those_without_sharing(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """One process of DistributedDataParallel, whose hooks and buckets are those of any number; three steps."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+
+    def train() -> list[Tensor | None]:
+        model = build("resnet18_sugar")
+        wrapped, average = DistributedDataParallel(model), ModelEmaV3(model, decay=0.5)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            gradients(wrapped)
+            optimizer.step()
+            average.update(model)
+        average.module.train()
+        return [*average.module.state_dict().values(), *gradients(average.module.requires_grad_())]
+
+    try:
+        ours = train()
+        with unshared(monkeypatch):
+            assert same(ours, train())
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
