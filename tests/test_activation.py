@@ -471,16 +471,26 @@ def compiler() -> None:
     torch.compiler.reset()
 
 
+@pytest.fixture(params=["small", "in pieces", pytest.param("compiled", marks=NEEDS_COMPILER)])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How eager mode computes a gradient: as of a small tensor, or as of a large one without or with a compiler."""
+    if request.param != "small":
+        monkeypatch.setattr(activation, "_CHUNK", 7)
+    if request.param == "in pieces":
+        monkeypatch.setattr(activation, "compiled_gradient", lambda *_: None)
+    return request.param
+
+
 @pytest.mark.parametrize("bank", [Bank, FunctionalBank])
 @pytest.mark.parametrize("route", COPIES)
-def test_copies_have_the_gradient_of_the_formula(route: str, bank: type[Bank], compiler: None) -> None:
+def test_copies_have_the_gradient_of_the_formula(route: str, bank: type[Bank], compiler: None, way: str) -> None:
     model = COPIES[route](bank(SUGAR))
     assert_bank(model, model)
 
 
 @pytest.mark.parametrize("bank", [Bank, FunctionalBank])
 @pytest.mark.parametrize("route", WRAPPERS)
-def test_wrappers_have_the_gradient_of_the_formula(route: str, bank: type[Bank], compiler: None) -> None:
+def test_wrappers_have_the_gradient_of_the_formula(route: str, bank: type[Bank], compiler: None, way: str) -> None:
     model = bank(SUGAR)
     assert_bank(WRAPPERS[route](model), model)
 
