@@ -344,7 +344,7 @@ def test_gradient_penalty_reaches_the_weights() -> None:
 
 
 class Bank(nn.Module):
-    """One unit per surrogate and per element of x: (n,) -> (n, units)."""
+    """One unit per surrogate and per element of x: (n,) -> (units, n)."""
 
     def __init__(self, kind: Callable[..., nn.Module], names: list[str] = NAMES) -> None:
         super().__init__()
@@ -356,7 +356,7 @@ class Bank(nn.Module):
         outputs = []
         for i, module in enumerate(self.activations):
             outputs.append(module(self.scale[i] * x + self.shift[i]))
-        return torch.stack(outputs, dim=-1)
+        return torch.stack(outputs)  # so that each gradient from upstream is dense
 
 
 class FunctionalBank(Bank):
@@ -366,7 +366,7 @@ class FunctionalBank(Bank):
         outputs = []
         for i, name in enumerate(NAMES):
             outputs.append(sugar(self.scale[i] * x + self.shift[i], name, **SETTINGS[name]))
-        return torch.stack(outputs, dim=-1)
+        return torch.stack(outputs)  # so that each gradient from upstream is dense
 
 
 def bank_input() -> Tensor:

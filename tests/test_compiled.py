@@ -40,7 +40,14 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     def count(*key):  # type: ignore[no-untyped-def]
         kernel = compiled.compiled_gradient(*key)
         assert kernel is not None
-        return lambda direction, x: sizes.append(x.numel()) or kernel(direction, x)
+
+        def call(direction, x):  # type: ignore[no-untyped-def]
+            sizes.append(x.numel())
+            result = kernel(direction, x)
+            assert (result.shape, result.stride()) == (x.shape, x.stride())
+            return result
+
+        return call
 
     monkeypatch.setattr(activation, "_CHUNK", 7)
     monkeypatch.setattr(activation, "compiled_gradient", count)

@@ -51,8 +51,8 @@ def _compile(surrogate: str, values: tuple[float, ...], dtype: torch.dtype) -> G
     from torch._inductor import standalone_compile  # takes a second
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    def gradient(direction: Tensor, x: Tensor) -> Tensor:
-        return (direction * surrogate_derivative(x, surrogate, list(values))).to(dtype)
+    def gradient(direction: Tensor, x: Tensor) -> tuple[Tensor]:  # inductor's graphs return sequences
+        return ((direction * surrogate_derivative(x, surrogate, list(values))).to(dtype),)
 
     examples: list[Any] = [torch.zeros(2**20, dtype=dtype), torch.zeros(2**20, dtype=dtype)]
     graph = make_fx(gradient, tracing_mode="symbolic")(*examples)
