@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What SUGAR costs, against ReLU, the base's own activation, and other ways to write a surrogate gradient.
 
-    python scripts/benchmark.py all                         # everything; some 25 minutes on two cores
+    python scripts/benchmark.py all                         # everything; some 40 minutes on two cores
     python scripts/benchmark.py all --start 4               # go on with its fourth part
     python scripts/benchmark.py all --device cuda           # on a GPU
     python scripts/benchmark.py activation --variants relu gelu sugar fgi
@@ -51,6 +51,7 @@ PARTS = (
     ("model",),
     ("inference",),
     ("memory",),
+    ("memory", "--batch-size", "64"),  # what is the same for any batch counts less
     ("growth",),
     ("model", "--compile", "--repeats", "8", "--variants", OWN, "relu", "sugar"),  # compiling takes minutes each
     ("inference", "--compile", "--model", "resnet18"),
