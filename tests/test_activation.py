@@ -239,6 +239,7 @@ def pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Makes every tensor of more than 7 elements a large one; the sizes of those that were taken in pieces."""
     sizes, in_pieces = [], activation._in_chunks
     monkeypatch.setattr(activation, "_CHUNK", 7)
+    monkeypatch.setattr(activation, "is_compiled", lambda *_: False)
     monkeypatch.setattr(activation, "compiled_gradient", lambda *_: None)
     monkeypatch.setattr(activation, "_in_chunks", lambda g, x, *rest: sizes.append(x.numel()) or in_pieces(g, x, *rest))
     return sizes
@@ -476,7 +477,9 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How eager mode computes a gradient: as of a small tensor, or as of a large one without or with a compiler."""
     if request.param != "small":
         monkeypatch.setattr(activation, "_CHUNK", 7)
+        monkeypatch.setattr(activation, "_WORTHWHILE", 7)
     if request.param == "in pieces":
+        monkeypatch.setattr(activation, "is_compiled", lambda *_: False)
         monkeypatch.setattr(activation, "compiled_gradient", lambda *_: None)
     return request.param
 

@@ -50,6 +50,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return call
 
     monkeypatch.setattr(activation, "_CHUNK", 7)
+    monkeypatch.setattr(activation, "_WORTHWHILE", 7)
     monkeypatch.setattr(activation, "compiled_gradient", count)
     return sizes
 
@@ -88,12 +89,35 @@ def test_every_setting_has_its_own_kernel_and_every_size_the_same(calls: list[in
             x = torch.randn(size, requires_grad=True)
             (grad,) = torch.autograd.grad(sugar(x, alpha=alpha), x, torch.ones_like(x))
             torch.testing.assert_close(grad.double(), slope(x, "bsilu", alpha=alpha), **ROUNDING[torch.float32])
-    before = compiled.compiled_gradient.cache_info().misses
+    before = len(compiled._gradients)
     for size in (9, 5000):
         x = torch.randn(size, requires_grad=True)
         torch.autograd.grad(sugar(x, alpha=0.5), x, torch.ones_like(x))
-    assert compiled.compiled_gradient.cache_info().misses == before
+    assert len(compiled._gradients) == before
     assert len(calls) == 11
+
+
+def test_a_large_activation_brings_the_kernel_for_smaller_ones_before_the_backward_pass(
+    calls: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So all steps of a training are alike, also the first one, whose backward pass begins with the small ones."""
+    alpha = 1.2345  # no other test has it
+    monkeypatch.setattr(activation, "_CHUNK", 99)
+
+    def run(sizes: list[int]) -> list[int]:
+        calls.clear()
+        xs = [torch.randn(size, requires_grad=True) for size in sizes]
+        outputs = [sugar(x * 1, alpha=alpha) for x in xs]
+        assert calls == []
+        for x, y in reversed(list(zip(xs, outputs, strict=True))):
+            (grad,) = torch.autograd.grad(y, x, torch.ones_like(x))
+            torch.testing.assert_close(grad.double(), slope(x, "bsilu", alpha=alpha), **ROUNDING[torch.float32])
+        return calls
+
+    assert run([99, 50, 8]) == []
+    assert not compiled.is_compiled("bsilu", (alpha,), torch.float32)
+    assert run([100, 50, 8, 7]) == [8, 50, 100]
+    assert run([50]) == [50]
 
 
 def test_second_derivatives_are_not_compiled(calls: list[int]) -> None:

@@ -15,7 +15,7 @@ from torch.autograd.function import _SingleLevelFunction
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
-from timm_sugar.compiled import compiled_gradient
+from timm_sugar.compiled import compiled_gradient, is_compiled
 from timm_sugar.sharing import can_share, remember_value, share_saved
 from timm_sugar.surrogate import get_surrogate, resolve_parameters, surrogate_derivative
 
@@ -29,17 +29,17 @@ _operator = torch.ops.timm_sugar.relu.default
 
 
 _CHUNK = 1 << 17  # elements; the intermediate results of a formula for so many of them stay in a core's cache
+_WORTHWHILE = 1 << 14  # elements, from which on a compiled gradient is faster than the formula if it is there already
 _PLAIN = torch._C._dispatch_keys(torch.empty(0, device="cpu"))  # semi-private, guarded by tests
 
 
-def _is_large_and_plain(x: Tensor, direction: Tensor) -> bool:
+def _is_plain(x: Tensor, direction: Tensor) -> bool:
     """Whether two tensors are ordinary ones in a CPU's memory, laid out alike without gaps, that nothing records.
 
     Whatever traces, batches, wraps or distributes a tensor shows in its dispatch keys.
     """
     return (
-        x.numel() > _CHUNK
-        and torch._C._dispatch_keys(x).raw_repr() == torch._C._dispatch_keys(direction).raw_repr() == _PLAIN.raw_repr()
+        torch._C._dispatch_keys(x).raw_repr() == torch._C._dispatch_keys(direction).raw_repr() == _PLAIN.raw_repr()
         and (x.dtype, x.shape, x.stride()) == (direction.dtype, direction.shape, direction.stride())
         and torch.ops.aten.is_non_overlapping_and_dense.default(x)
         and not torch.is_grad_enabled()
@@ -80,7 +80,8 @@ class _SugarFunction(_SingleLevelFunction):
     @staticmethod
     def _times_derivative(ctx, direction: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         (x,) = ctx.saved_tensors
-        if _is_large_and_plain(x, direction):
+        least = _WORTHWHILE if is_compiled(ctx.surrogate, tuple(ctx.values), x.dtype) else _CHUNK
+        if x.numel() > least and _is_plain(x, direction):
             return _large_gradient(direction, x, ctx.surrogate, ctx.values)
         return (direction * surrogate_derivative(x, ctx.surrogate, ctx.values)).to(direction.dtype)
 
@@ -145,6 +146,8 @@ def _apply(x: Tensor, surrogate: str, values: list[float], formula: str) -> Tens
             if not torch.compiler.is_exporting():
                 return _recomputed(x, surrogate, values, formula)
         elif can_share(x):
+            if x.numel() > _CHUNK and x.is_cpu:  # before the first backward pass, so that all of them are alike
+                compiled_gradient(surrogate, tuple(values), x.dtype)
             share_saved(x)
             y = _operator(x, surrogate, values, formula)
             remember_value(y)

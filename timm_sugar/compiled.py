@@ -6,7 +6,6 @@ a second or two and never meets the gradient of an older formula.
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -21,14 +20,27 @@ _state = {"announced": False, "usable": True}
 
 Gradient = Callable[[Tensor, Tensor], Tensor]
 
+_gradients: dict[tuple[str, tuple[float, ...], torch.dtype], Gradient | None] = {}
 
-@functools.cache
+
+def is_compiled(surrogate: str, values: tuple[float, ...], dtype: torch.dtype) -> bool:
+    """Whether `compiled_gradient` was asked for this one before, and made it."""
+    return _gradients.get((surrogate, values, dtype)) is not None
+
+
 def compiled_gradient(surrogate: str, values: tuple[float, ...], dtype: torch.dtype) -> Gradient | None:
     """A function of (direction, x), two dense one-dimensional CPU tensors of a dtype, that returns their
     direction * derivative, rounded once; None where inductor can't compile it, or torch.compile is switched off.
 
     The first call in a process takes a second or two, and up to some 15 if the cache on disk is empty: a line says so.
     """
+    key = surrogate, values, dtype
+    if key not in _gradients:
+        _gradients[key] = _try_to_compile(*key)
+    return _gradients[key]
+
+
+def _try_to_compile(surrogate: str, values: tuple[float, ...], dtype: torch.dtype) -> Gradient | None:
     if not _state["usable"]:
         return None
     try:
@@ -39,7 +51,8 @@ def compiled_gradient(surrogate: str, values: tuple[float, ...], dtype: torch.dt
             _logger.warning(
                 "compiling the gradient of SUGAR: some seconds, once (TORCH_COMPILE_DISABLE=1 does without)"
             )
-        return _compile(surrogate, values, dtype)
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            return _compile(surrogate, values, dtype)
     except Exception as error:  # whatever is wrong with a compiler, its cache or its headers: it only costs speed
         _state["usable"] = False
         reason = next(iter(str(error).splitlines()), "")
