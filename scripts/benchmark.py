@@ -171,8 +171,8 @@ def measure_memory(args: argparse.Namespace) -> None:
             for variant in args.variants
         }
         samples = interleave(measures, args.repeats)
-        for i, metric in enumerate(("peak", "added")):
-            bytes_ = {variant: [pair[i] for pair in pairs] for variant, pairs in samples.items()}
+        for metric in next(iter(samples.values()))[0]:
+            bytes_ = {variant: [found[metric] for found in runs] for variant, runs in samples.items()}
             report(args, setting_of(work), metric, "byte", bytes_)
 
 

@@ -151,6 +151,27 @@ def test_bytes_kept_are_those_counted_by_hand(activation: nn.Module, tensors: in
         assert benchmark.kept_bytes(lambda: model(x)) == 4 * 2 * 4
 
 
+def test_most_bytes_are_those_counted_by_hand() -> None:
+    def work() -> torch.Tensor:
+        a = torch.ones(1000)
+        b = a + a
+        del a
+        c = b.double()
+        del b
+        return c.float()
+
+    assert benchmark.most_bytes(work) == 8000 + 4000
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
+def test_a_step_with_sugar_holds_no_more_in_tensors_than_with_relu(name: str) -> None:
+    """Apart from one value that is computed again at a time."""
+    work = Workload(name, batch_size=8, img_size=64, dtype="float32")
+    most = {variant: work.peak_memory(variant, 1)["tensors"] for variant in ("relu", "function", "sugar")}
+    assert most["sugar"] <= 1.02 * most["relu"]
+    assert most["function"] > 1.05 * most["relu"]
+
+
 # Not SUGAR, which shares no buffer where hooks watch what is saved: tests/test_sharing.py counts that in another way.
 @pytest.mark.parametrize("variant", ["own", "relu", "gelu", "function"])
 def test_bytes_kept_by_a_network_are_the_storages_that_autograd_saves(variant: str) -> None:
@@ -320,8 +341,9 @@ def test_memory_is_that_of_a_process_that_trains(tmp_path: Path) -> None:
     assert ours >= max(before, ballast.nbytes)
     options = [*TINY, "--repeats", "1", "--steps", "1", "--variants", "sugar", "--output", str(tmp_path)]
     assert script.main(["memory", *options]) == 0
-    peak, added = columns(tmp_path / "benchmark_memory.csv")
-    assert (peak["metric"], added["metric"]) == ("peak", "added")
+    peak, added, tensors = columns(tmp_path / "benchmark_memory.csv")
+    assert (peak["metric"], added["metric"], tensors["metric"]) == ("peak", "added", "tensors")
+    assert 0 < int(tensors["median"]) < int(peak["median"])
     assert 0 < int(added["median"]) < int(peak["median"]) < ours  # the parent's ballast is not the child's
 
 

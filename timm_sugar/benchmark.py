@@ -6,6 +6,7 @@ does meets all of them alike.
 
 from __future__ import annotations
 
+import itertools
 import math
 import multiprocessing
 import statistics
@@ -108,6 +109,20 @@ def kept_bytes(forward: Callable[[], object], device: str = "cpu") -> int:
         result = forward()
     del result
     return sum(event.self_cpu_memory_usage for event in seen.events())
+
+
+def most_bytes(work: Callable[[], object], device: str = "cpu") -> int:
+    """The most bytes in tensors at any moment of `work` that were not there before. Not on MPS, which doesn't tell."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        work()
+    events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate((event.nbytes() for event in events), initial=0))
 
 
 class Compilation(NamedTuple):

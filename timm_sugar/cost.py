@@ -47,6 +47,7 @@ METRICS = {
     "kept": "bytes kept for backward",
     "peak": "peak memory of the process",
     "added": "peak memory, added by training",
+    "tensors": "most bytes in tensors during a step",
     "forward": "inference",
 }
 AXES = {

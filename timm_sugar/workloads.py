@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from timm_sugar.benchmark import kept_bytes, peak_bytes
+from timm_sugar.benchmark import kept_bytes, most_bytes, peak_bytes
 from timm_sugar.variants import make_model
 
 
@@ -111,14 +111,19 @@ class Workload:
         with torch.no_grad():
             return str(torch.export.export(self.model(variant).eval(), (self.images(),)).graph)
 
-    def peak_memory(self, variant: str, steps: int) -> tuple[float, float]:
-        """The most memory that this process has held after some steps of training, and how much of that is more than
-        before the first of them."""
+    def peak_memory(self, variant: str, steps: int) -> dict[str, float]:
+        """Bytes. `peak`: the most that this process has held after some steps of training; `added`: how much of that is
+        more than before the first of them; `tensors`: the most in tensors, above model and optimizer, during a step."""
         step = self.training_step(variant)
         before = peak_bytes(self.device)
         for _ in range(steps):
             step()
-        return float(peak_bytes(self.device)), float(peak_bytes(self.device) - before)
+        peak = peak_bytes(self.device)
+        found = {"peak": peak, "added": peak - before}
+        if torch.device(self.device).type != "mps":
+            step.optimizer.zero_grad()
+            found["tensors"] = most_bytes(step, self.device)
+        return {name: float(value) for name, value in found.items()}
 
     def _config(self) -> dict[str, Any]:
         config = timm.get_pretrained_cfg(self.base)
