@@ -128,6 +128,11 @@ def _finite(x: Tensor) -> Tensor:
     return x.clamp(-1e3, 1e3)
 
 
+def _sigmoid_derivative(s: Tensor) -> Tensor:
+    """s (1 - s) for s = σ(x), as s - s², which is one pass over memory."""
+    return torch.addcmul(s, s, s, value=-1)
+
+
 def _bsilu(x: Tensor, alpha: float) -> Tensor:
     """(x + α) σ(x) - α/2, eq. 7."""
     return (x + alpha) * torch.sigmoid(x) - alpha / 2
@@ -137,7 +142,7 @@ def _bsilu_derivative(x: Tensor, alpha: float) -> Tensor:
     """σ(x) + (x + α) σ(x) (1 - σ(x)), eq. 8."""
     x = _finite(x)
     s = torch.sigmoid(x)
-    return s + (x + alpha) * s * (1 - s)
+    return torch.addcmul(s, x + alpha, _sigmoid_derivative(s))
 
 
 def _nelu(x: Tensor, alpha: float) -> Tensor:
@@ -169,10 +174,10 @@ def _gelu_derivative(x: Tensor) -> Tensor:
 
 
 def _silu_derivative(x: Tensor) -> Tensor:
-    """σ(x) (1 + x (1 - σ(x)))."""
+    """σ(x) + x σ(x) (1 - σ(x))."""
     x = _finite(x)
     s = torch.sigmoid(x)
-    return s * (1 + x * (1 - s))
+    return torch.addcmul(s, x, _sigmoid_derivative(s))
 
 
 def _mish_derivative(x: Tensor) -> Tensor:
