@@ -34,7 +34,7 @@ from timm_sugar.cli import Parser
 from timm_sugar.diagnose import watch
 
 NAME = "resnet18_sugar"
-TAG = "bsilu_tin200"  # what pretrained weights were trained on
+TAG = "bsilu_cifar10"  # what pretrained weights were trained on
 SIZE = 32  # pixels to which the 8x8 images are enlarged
 BATCH = 64
 LEARNING_RATE = 2e-3
