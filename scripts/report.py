@@ -90,6 +90,7 @@ def collect() -> list[Part]:
     results = (ROOT / "results" / "README.md").read_text().split("\n", 1)[1]
     return [
         Part("The method", rendered(method, ROOT)),
+        Part("When to use it, and when not", rendered(cut(readme, "### When to use it, and when not"), ROOT)),
         Part("Does it help?", rendered(results, ROOT / "results", deeper=1)),
         Part("What it costs", rendered(cut(readme, "## Cost"), ROOT)),
         Part("Published models", rendered(cut(readme, "### Pretrained weights"), ROOT), cards),
