@@ -17,7 +17,7 @@ import timm
 import torch
 
 from timm_sugar.benchmark import ratios, slope, spread
-from timm_sugar.runs import read_rows, write_rows
+from timm_sugar.runs import markdown_table, read_rows, write_rows
 from timm_sugar.variants import OWN, describe
 from timm_sugar.version import __version__
 
@@ -145,11 +145,6 @@ def _groups(rows: Iterable[Row], keys: Sequence[str]) -> dict[tuple[str, ...], l
     return groups
 
 
-def _markdown(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(line)} |".replace("|  ", "| ") for line in lines)
-
-
 def activation_table(rows: list[Row], sizes: Sequence[int] = (16, 20, 24)) -> str:
     """Time of one activation for 2**k elements, forward and backward, against ReLU."""
     rows = [row for row in rows if row["size"] in {str(2**k) for k in sizes}]
@@ -160,7 +155,7 @@ def activation_table(rows: list[Row], sizes: Sequence[int] = (16, 20, 24)) -> st
         cells = {row["variant"]: cell(row) for row in group}
         what = f"{mode}, {dtype}, 2^{int(size).bit_length() - 1}"
         body.append([what, *(cells.get(variant, "") for variant in variants)])
-    return _markdown(["activation, forward + backward", *(TITLES[name] for name in variants)], body)
+    return markdown_table(["activation, forward + backward", *(TITLES[name] for name in variants)], body)
 
 
 def model_table(rows: list[Row]) -> str:
@@ -177,7 +172,7 @@ def model_table(rows: list[Row]) -> str:
         by = {row["variant"]: row for row in groups[subject, batch, pixels, mode, metric]}
         cells = [cell(by.get(name), ratio) for name in variants for ratio in ("to_relu", "to_own")]
         body.append([f"{subject}, {batch} × {pixels} px", f"{METRICS[metric]}, {mode}", cell(by.get(OWN)), *cells])
-    return _markdown(head, body)
+    return markdown_table(head, body)
 
 
 def growth_table(rows: list[Row]) -> str:
@@ -199,7 +194,7 @@ def growth_table(rows: list[Row]) -> str:
         what = AXES[axis] + (f", {threads} thread each" if axis == "processes" else "")
         body.append([f"{what}; {subject}, {mode}, {dtype}", f"{sizes[0]} to {sizes[-1]}", *slopes, *ends])
     head = ["time against", "from, to", "slope, ReLU", "slope, SUGAR", "SUGAR / ReLU at the first", "at the last"]
-    return _markdown(head, body)
+    return markdown_table(head, body)
 
 
 def tables(results: Path) -> str:

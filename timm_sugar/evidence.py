@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from timm_sugar.experiments import TABLES, Table, list_tables, load_table
 from timm_sugar.paired import Estimate, Rows, by_seed, difference, level
-from timm_sugar.runs import read_rows, save_figure, write_atomically
+from timm_sugar.runs import markdown_table, read_rows, save_figure, write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,8 +83,7 @@ def table_of(table: Table, rows: Rows) -> str:
         ])  # fmt: skip
     if not any(twins.values()):
         lines = [line[:4] + line[5:] for line in lines]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(line)} |".replace("|  ", "| ") for line in lines)
+    return markdown_table(lines[0], lines[1:])
 
 
 def table_of_epochs(table: Table, epochs: list[dict[str, str]]) -> str:
@@ -93,8 +92,8 @@ def table_of_epochs(table: Table, epochs: list[dict[str, str]]) -> str:
     if -1 not in numbers:
         return ""
     at = {number: [row for row in epochs if row["epoch"] == str(number)] for number in numbers}
-    lines = [["top-1 (%) after", *(f"{number + 1} epochs".replace("1 epochs", "1 epoch") for number in numbers)]]
-    lines.append(["---"] * len(lines[0]))
+    head = ["top-1 (%) after", *(f"{number + 1} epochs" if number else "1 epoch" for number in numbers)]
+    lines = []
     for name in table.variants:
         cells = [spread(level(rows, name)) for rows in at.values()]
         if name != table.baseline:
@@ -102,8 +101,7 @@ def table_of_epochs(table: Table, epochs: list[dict[str, str]]) -> str:
             cells = [f"{cell} ({gap})" if gap else cell for cell, gap in zip(cells, gaps, strict=True)]
         if any(cells):
             lines.append([f"`{name}`", *cells])
-    head = f"In brackets: minus `{table.baseline}`.\n\n"
-    return head + "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"In brackets: minus `{table.baseline}`.\n\n{markdown_table(head, lines)}"
 
 
 def verdict(table: Table, rows: Rows) -> str:
@@ -187,9 +185,8 @@ def depth_section(name: str, results: Path) -> str:
     """The part of the page about one folder that scripts/diagnose.py wrote."""
     title, text, options = DEPTHS[name]
     totals = [row for row in read_rows(results / name / "activations.csv") if row["layer"] == "total"]
-    lines = [["", *PANELS.values()], ["---"] * (1 + len(PANELS))]
-    lines += [[f"`{row['model']}`", *(f"{100 * float(row[key]):.2f}" for key in PANELS)] for row in totals]
-    table = "\n".join(f"| {' | '.join(line)} |".replace("|  ", "| ") for line in lines)
+    lines = [[f"`{row['model']}`", *(f"{100 * float(row[key]):.2f}" for key in PANELS)] for row in totals]
+    table = markdown_table(["", *PANELS.values()], lines)
     command = f"PYTHONPATH=scripts/reproduce python scripts/diagnose.py {options} --output results/{name}"
     return (
         f"\n## {title}\n\n{text} All of them together:\n\n{table}\n\n![{', '.join(PANELS.values())} by depth]"

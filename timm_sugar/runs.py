@@ -93,6 +93,12 @@ def write_rows(path: Path, rows: Iterable[Mapping[str, Any]], columns: Sequence[
     write_atomically(path, text.getvalue())
 
 
+def markdown_table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown; all rows have as many cells as the head."""
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join(f"| {' | '.join(line)} |".replace("|  ", "| ") for line in lines)
+
+
 def read_summary(folder: Path, epochs: int) -> list[dict[str, Any]]:
     """The rows of summary.csv of the first `epochs` epochs, none if there is no such file."""
     return [row for row in read_rows(folder / "summary.csv") if int(row["epoch"]) < epochs]
