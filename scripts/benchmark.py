@@ -5,6 +5,7 @@
     python scripts/benchmark.py all --start 4               # go on with its fourth part
     python scripts/benchmark.py all --device cuda           # on a GPU
     python scripts/benchmark.py activation --variants relu gelu sugar fgi
+    python scripts/benchmark.py backward                    # its backward loop alone, beside what it is made of
     python scripts/benchmark.py model --model resnet50 --compile --model-kwargs surrogate=nelu alpha=0.05
     python scripts/benchmark.py inference --model mobilenetv3_small_100
     python scripts/benchmark.py memory --model swin_tiny_patch4_window7_224 --variants relu sugar:surrogate=nelu
@@ -37,7 +38,7 @@ from timm_sugar.cli import KeyValues, Parser, UserError, choose_device, explaine
 from timm_sugar.cost import COUNT, environment, record, summarize
 from timm_sugar.surgery import is_activation
 from timm_sugar.variants import ALTERNATIVES, INSTALLED, OWN, describe, make_activation
-from timm_sugar.workloads import Workload, activation_pass
+from timm_sugar.workloads import Workload, activation_pass, backward_loops
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 MODELS = ("resnet18", "convnext_tiny", "swin_tiny_patch4_window7_224")
@@ -48,6 +49,7 @@ AXES = ("batch", "pixels", "depth", "processes")
 DTYPES = ("float32", "bfloat16", "float16")
 PARTS = (
     ("activation",),
+    ("backward",),
     ("model",),
     ("inference",),
     ("memory",),
@@ -66,10 +68,15 @@ def mode(args: argparse.Namespace) -> str:
 
 
 def report(
-    args: argparse.Namespace, setting: Mapping[str, object], metric: str, unit: str, samples: dict[str, list[float]]
+    args: argparse.Namespace,
+    setting: Mapping[str, object],
+    metric: str,
+    unit: str,
+    samples: dict[str, list[float]],
+    surrogates: Mapping[str, str] | None = None,
 ) -> None:
-    """Record one measurement of all variants, and print it."""
-    surrogates = {variant: describe(variant, args.model_kwargs) for variant in samples}
+    """Record one measurement of all variants, and print it. `surrogates`: what to say of each, if not describe()'s."""
+    surrogates = surrogates or {variant: describe(variant, args.model_kwargs) for variant in samples}
     whole = dict(setting) | {"mode": mode(args)}
     rows = summarize(whole, metric, unit, samples, surrogates, environment(args.device, args.line))
     what = ", ".join(str(value) for value in whole.values() if value != "")
@@ -103,6 +110,25 @@ def measure_activation(args: argparse.Namespace) -> None:
     if on_cpu and not args.compile and "TORCH_COMPILE_DISABLE" not in os.environ:
         command = [sys.executable, __file__, *args.argv]
         subprocess.run(command, env=os.environ | {"TORCH_COMPILE_DISABLE": "1"}, check=True)
+
+
+def measure_backward(args: argparse.Namespace) -> None:
+    """The `backward` command."""
+    if torch.device(args.device).type != "cpu":
+        print(f"no measurement of loops on {args.device}: they are compared on a CPU only")
+        return
+    if torch._dynamo.config.disable:
+        raise UserError("the loops of the backward pass are compiled: unset TORCH_COMPILE_DISABLE")
+    for dtype in args.dtypes:
+        for exponent in args.exponents:
+            try:
+                loops = backward_loops(*torch.randn(2, 2**exponent).to(getattr(torch, dtype)))
+            except Exception as error:  # whatever may be wrong with a compiler
+                raise UserError(f"the loops can't be compiled: {type(error).__name__}: {error!s:.150}") from error
+            watches = {name: stopwatch(loop, "cpu", calls_for(loop, "cpu", args.least)) for name, loop in loops.items()}
+            setting = {"subject": "backward loop", "dtype": dtype, "processes": 1, "size": 2**exponent}
+            surrogates = dict.fromkeys(loops, "") | {"sugar": describe("sugar", {})}
+            report(args, setting, "pass", "s", interleave(watches, args.repeats), surrogates)
 
 
 def workload(args: argparse.Namespace, base: str, **changes: Any) -> Workload:
@@ -262,6 +288,12 @@ def build_parser() -> Parser:
         add("--repeats", type=positive, default=repeats, metavar="N", help="(default: %(default)s)")
         add("--compile", action="store_true", help="torch.compile, of the whole")
 
+    def of_elements(add: Any, exponents: Sequence[int]) -> None:
+        add("--dtypes", nargs="+", default=("float32", "bfloat16"), choices=DTYPES, help="(default: float32 bfloat16)")
+        sizes = "2^K elements (default: " + " ".join(map(str, exponents)) + ")"
+        add("--exponents", nargs="+", type=positive, default=exponents, metavar="K", help=sizes)
+        add("--least", type=float, default=1e-2, metavar="S", help="seconds of one measurement (default: %(default)s)")
+
     def of_models(add: Any, models: Sequence[str], repeats: int, batch_size: int, img_size: int | None = None) -> None:
         of_variants(add, OF_MODELS, repeats)
         add("--model", nargs="+", default=models, metavar="NAME", help=f"timm's (default: {' '.join(models)})")
@@ -273,17 +305,12 @@ def build_parser() -> Parser:
 
     add = command("activation", measure_activation, "forward and backward pass of one activation")
     of_variants(add, OF_ACTIVATIONS, 15)
-    add("--dtypes", nargs="+", default=("float32", "bfloat16"), choices=DTYPES, help="(default: float32 bfloat16)")
-    exponents = range(12, 25, 2)
-    add(
-        "--exponents",
-        nargs="+",
-        type=positive,
-        default=exponents,
-        metavar="K",
-        help="2^K elements (default: 12 14 ... 24)",
-    )
-    add("--least", type=float, default=1e-2, metavar="S", help="seconds of one measurement (default: %(default)s)")
+    of_elements(add, range(12, 25, 2))
+
+    add = command("backward", measure_backward, "the loops that backward passes are, alone, in one thread", threads=1,
+                  compile=False)  # fmt: skip
+    add("--repeats", type=positive, default=15, metavar="N", help="(default: %(default)s)")
+    of_elements(add, (16, 24))
 
     add = command(
         "model", measure_model, "a step of training: time, bytes kept for backward, graph breaks and recompiles"

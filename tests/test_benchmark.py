@@ -19,7 +19,7 @@ from torch import nn
 
 from timm_sugar import SUGAR, benchmark, cost, variants
 from timm_sugar.runs import read_rows
-from timm_sugar.workloads import TrainingStep, Workload
+from timm_sugar.workloads import TrainingStep, Workload, backward_loops
 
 script = load_script("benchmark")
 ROOT = Path(__file__).parents[1]
@@ -318,6 +318,28 @@ def test_activations_are_measured_with_and_without_a_compiler(tmp_path: Path) ->
     assert {row["to_relu"] for row in rows if row["variant"] == "relu"} == {"1.0000"}
     assert rows[0]["command"].startswith("python scripts/benchmark.py activation --exponents 6 8")
     assert str(tmp_path) not in rows[0]["command"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loops_of_the_backward_pass_compute_what_they_are_called(dtype: torch.dtype) -> None:
+    x, upstream = torch.linspace(-4, 4, 40).to(dtype), torch.linspace(1, 2, 40).to(dtype)
+    exact = x.double()
+    factors = {"relu": (exact > 0).double(), "product": exact, "exponential": exact.exp()}
+    factors |= {"gelu": slope(x, "gelu"), "sugar": slope(x)}
+    loops = backward_loops(x, upstream)
+    assert list(loops) == ["relu", "gelu", "sugar", "product", "exponential"]
+    for name, loop in loops.items():
+        torch.testing.assert_close(loop(), (upstream.double() * factors[name]).to(dtype))
+
+
+def test_loops_of_the_backward_pass_are_measured_in_one_thread(tmp_path: Path) -> None:
+    options = ["--exponents", "6", "--least", "0", "--dtypes", "float32", "--repeats", "2", "--device", "cpu"]
+    assert script.main(["backward", *options, "--output", str(tmp_path)]) == 0
+    rows = columns(tmp_path / "benchmark_backward.csv")
+    assert [row["variant"] for row in rows] == ["relu", "gelu", "sugar", "product", "exponential"]
+    assert {row["threads"] for row in rows} == {"1"}
+    assert [row["surrogate"] for row in rows if row["surrogate"]] == ["surrogate='bsilu', alpha=1.67"]
+    assert "the loop of the backward pass alone, one thread" in cost.tables(tmp_path)
 
 
 def test_a_model_is_measured_in_training_and_in_inference(tmp_path: Path) -> None:

@@ -153,6 +153,13 @@ def test_derivative_reaches_its_limits_at_the_largest_numbers_and_at_infinity(na
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_second_derivative_vanishes_far_out_and_at_infinity(name: str) -> None:
+    x = torch.tensor([math.inf, -math.inf, 1e25, -1e25]).requires_grad_()
+    (grad,) = torch.autograd.grad(derivative(x, name).sum(), x)
+    assert torch.equal(grad, torch.zeros(4))
+
+
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_derivative_of_nan_is_nan(name: str, dtype: torch.dtype) -> None:
     assert derivative(torch.tensor([math.nan, 1.0], dtype=dtype), name).isnan().tolist() == [True, False]

@@ -52,7 +52,7 @@ def _try_to_compile(surrogate: str, values: tuple[float, ...], dtype: torch.dtyp
                 "compiling the gradient of SUGAR: some seconds, once (TORCH_COMPILE_DISABLE=1 does without)"
             )
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return _compile(surrogate, values, dtype)
+            return compile_loop(lambda x: surrogate_derivative(x, surrogate, list(values)), dtype)
     except Exception as error:  # whatever is wrong with a compiler, its cache or its headers: it only costs speed
         _state["usable"] = False
         reason = next(iter(str(error).splitlines()), "")
@@ -60,13 +60,14 @@ def _try_to_compile(surrogate: str, values: tuple[float, ...], dtype: torch.dtyp
         return None
 
 
-def _compile(surrogate: str, values: tuple[float, ...], dtype: torch.dtype) -> Gradient:
+def compile_loop(factor: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Gradient:
+    """direction * factor(x) as one loop. `factor`: elementwise torch operations. Raises what a compiler may raise."""
     from torch._inductor import standalone_compile  # takes a second
     from torch.fx.experimental.proxy_tensor import make_fx
 
     # A tuple, as of every graph of inductor's. No annotations: torch can't make a key for its cache of a tuple's.
     def gradient(direction, x):  # type: ignore[no-untyped-def]
-        return ((direction * surrogate_derivative(x, surrogate, list(values))).to(dtype),)
+        return ((direction * factor(x)).to(dtype),)
 
     examples: list[Any] = [torch.zeros(2**20, dtype=dtype), torch.zeros(2**20, dtype=dtype)]
     graph = make_fx(gradient, tracing_mode="symbolic")(*examples)

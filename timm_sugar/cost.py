@@ -41,6 +41,8 @@ TITLES = {
     "fgi": "FGI",
     "detach": "detach",
     "x-mlps": "x-mlps-pytorch",
+    "product": "a product alone",
+    "exponential": "a product and an exponential",
 }
 METRICS = {
     "step": "training step",
@@ -145,17 +147,17 @@ def _groups(rows: Iterable[Row], keys: Sequence[str]) -> dict[tuple[str, ...], l
     return groups
 
 
-def activation_table(rows: list[Row], sizes: Sequence[int] = (16, 20, 24)) -> str:
-    """Time of one activation for 2**k elements, forward and backward, against ReLU."""
+def activation_table(rows: list[Row], what: str, sizes: Sequence[int] = (16, 20, 24)) -> str:
+    """Time of one activation for 2**k elements against ReLU; `what`: of which pass."""
     rows = [row for row in rows if row["size"] in {str(2**k) for k in sizes}]
     there = {row["variant"] for row in rows} - {"relu"}
     variants = [name for name in TITLES if name in there]
     body = []
     for (mode, dtype, size), group in _groups(rows, ("mode", "dtype", "size")).items():
         cells = {row["variant"]: cell(row) for row in group}
-        what = f"{mode}, {dtype}, 2^{int(size).bit_length() - 1}"
-        body.append([what, *(cells.get(variant, "") for variant in variants)])
-    return markdown_table(["activation, forward + backward", *(TITLES[name] for name in variants)], body)
+        setting = f"{mode}, {dtype}, 2^{int(size).bit_length() - 1}"
+        body.append([setting, *(cells.get(variant, "") for variant in variants)])
+    return markdown_table([what, *(TITLES[name] for name in variants)], body)
 
 
 def model_table(rows: list[Row]) -> str:
@@ -199,7 +201,7 @@ def growth_table(rows: list[Row]) -> str:
 
 def tables(results: Path) -> str:
     """All tables in Markdown, for each machine that there are rows of in `results`."""
-    names = ("activation", "model", "memory", "inference", "growth")
+    names = ("activation", "backward", "model", "memory", "inference", "growth")
     rows = [row | {"file": name} for name in names for row in of_default(read_rows(results / f"benchmark_{name}.csv"))]
     parts = []
     for (device, processor, cores), found in _groups(rows, ("device", "machine", "cores")).items():
@@ -207,7 +209,10 @@ def tables(results: Path) -> str:
         where = f"{device}, {threads} of {cores} cores" if device == "cpu" else device
         parts.append(f"{processor} ({where}), torch {version}; time or bytes as ratios, median (quartiles):")
         alike = [row for row in found if row["threads"] == threads]
-        parts.append(activation_table([row for row in alike if row["file"] == "activation"]))
-        parts.append(model_table([row for row in alike if row["file"] in names[1:4]]))
+        both = "activation, forward + backward"
+        parts.append(activation_table([row for row in alike if row["file"] == "activation"], both))
+        if loops := [row for row in found if row["file"] == "backward"]:  # of a CPU
+            parts.append(activation_table(loops, "the loop of the backward pass alone, one thread"))
+        parts.append(model_table([row for row in alike if row["file"] in names[2:5]]))
         parts.append(growth_table([row for row in found if row["file"] in ("activation", "growth")]))
     return "\n\n".join(parts) if parts else "Not measured yet."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from timm_sugar.benchmark import kept_bytes, most_bytes, peak_bytes
+from timm_sugar.compiled import compile_loop
+from timm_sugar.surrogate import resolve_parameters, surrogate_derivative
 from timm_sugar.variants import make_model
 
 
@@ -24,6 +27,29 @@ def activation_pass(activation: Callable[[Tensor], Tensor], x: Tensor, upstream:
         torch.autograd.grad(activation(x), x, upstream)
 
     return work
+
+
+def backward_loops(x: Tensor, upstream: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """The loops over memory that backward passes are, and, compiled as SUGAR's is, two that do a part of its work: a
+    product with x, and one with an exponential of x. x, upstream: dense, one-dimensional, of a CPU, of one dtype.
+
+    Raises what a compiler may raise.
+    """
+    surrogate, values = "bsilu", resolve_parameters("bsilu", {})
+    factors: dict[str, Callable[[Tensor], Tensor]] = {
+        "sugar": lambda x: surrogate_derivative(x, surrogate, values),
+        "product": lambda x: x.float(),
+        "exponential": lambda x: torch.exp(x.float()),
+    }
+    aten: dict[str, Callable[[], Tensor]] = {
+        "relu": lambda: torch.ops.aten.threshold_backward.default(upstream, x, 0),
+        "gelu": lambda: torch.ops.aten.gelu_backward.default(upstream, x),
+    }
+    with torch.no_grad():
+        loops = {
+            name: functools.partial(compile_loop(factor, x.dtype), upstream, x) for name, factor in factors.items()
+        }
+    return aten | loops
 
 
 class TrainingStep:
