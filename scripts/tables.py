@@ -12,7 +12,6 @@ split, how many epochs it ran of those that the recipe asks for, and what it ran
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 from collections.abc import Sequence
@@ -25,7 +24,7 @@ from timm_sugar import cost
 from timm_sugar.card import CONFIG, SURROGATES, TWIN, read_results
 from timm_sugar.cli import Parser, UserError, as_options, choose_device, explained
 from timm_sugar.options import build_parser
-from timm_sugar.runs import environment, read_summary
+from timm_sugar.runs import environment, markdown_table, read_rows, read_summary, write_atomically, write_rows
 from timm_sugar.tags import MODEL_CARDS, WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -37,13 +36,9 @@ COLUMNS = (
 )
 DATA = {"cifar10": "CIFAR-10", "tin200": "Tiny-ImageNet-200", "in1k": "ImageNet-1k", "finetune": "your own"}
 OF_THE_MACHINE = ("data_dir", "output", "experiment", "device", "pretrained_path")
-HEAD = """\
-| recipe in `scripts/recipes/` | model, surrogate | data | epochs run here | top-1 (%) | dead units (%) | zeros (%) |
-|---|---|---|---|---|---|---|"""
-
-MODELS_HEAD = """\
-| weights | data | top-1 (%) | plain ReLU twin, top-1 (%) | dead units (%) | zeros (%) | MB |
-|---|---|---|---|---|---|---|"""
+MEASURED = ("top-1 (%)", "dead units (%)", "zeros (%)")
+HEAD = ("recipe in `scripts/recipes/`", "model, surrogate", "data", "epochs run here", *MEASURED)
+MODELS_HEAD = ("weights", "data", MEASURED[0], "plain ReLU twin, top-1 (%)", *MEASURED[1:], "MB")
 
 
 def load_recipe(name: str) -> dict[str, Any]:
@@ -77,24 +72,17 @@ def summarize(folder: Path, name: str, data: str = "DATA") -> dict[str, Any]:
 
 def load_results(path: Path = RESULTS, key: str = "recipe") -> dict[str, dict[str, Any]]:
     """Rows of a file of results by one of their columns."""
-    if not path.exists():
-        return {}
-    with open(path, newline="") as file:
-        return {row[key]: row for row in csv.DictReader(file)}
+    return {row[key]: dict(row) for row in read_rows(path)}
 
 
 def write_results(path: Path, rows: dict[str, dict[str, Any]]) -> None:
     """All rows, in the order of their keys."""
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        writer.writerows(rows[key] for key in sorted(rows))
+    write_rows(path, (rows[key] for key in sorted(rows)), COLUMNS)
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """The table of all recipes in Markdown; those without a run here say so."""
-    lines = [HEAD]
+    body = []
     for path in sorted(RECIPES.glob("*.yaml"), key=lambda path: (list(DATA).index(path.stem.split("_")[-1]), path)):
         recipe, row = load_recipe(path.stem), results.get(path.stem)
         surrogate = SURROGATES[recipe.get("model_kwargs", {}).get("surrogate", "bsilu")]
@@ -104,13 +92,13 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         if row:
             shares = [f"{100 * float(row[key]):.2f}" for key in ("dead_units", "sparsity")]
             measured = [f"{row['epochs']} of {row['recipe_epochs']}", row["top1"], *shares]
-        lines.append(f"| {' | '.join([f'`{path.name}`', model, data, *measured])} |".replace("|  ", "| "))
-    return "\n".join(lines)
+        body.append([f"`{path.name}`", model, data, *measured])
+    return markdown_table(HEAD, body)
 
 
 def models_table(models: Path = MODEL_CARDS) -> str:
     """The table of the weights in model_cards/, in Markdown."""
-    lines = [MODELS_HEAD]
+    body = []
     for folder in sorted(path.parent for path in models.glob(f"*/{CONFIG}")):
         (own, *others), config = read_results(folder), json.loads((folder / CONFIG).read_text())
         twin = next((f"{float(row['top1']):.2f}" for row in others if row["weights"] == TWIN), "not run")
@@ -119,8 +107,8 @@ def models_table(models: Path = MODEL_CARDS) -> str:
         shares = [f"{100 * float(own[key]):.2f}" for key in ("dead_units", "sparsity")]
         size = f"{(folder / WEIGHTS).stat().st_size / 1e6:.1f}"
         link = f"[`{folder.name}`](model_cards/{folder.name}/README.md)"
-        lines.append(f"| {' | '.join([link, data, top1, twin, *shares, size])} |")
-    return "\n".join(lines) if len(lines) > 1 else "None yet."
+        body.append([link, data, top1, twin, *shares, size])
+    return markdown_table(MODELS_HEAD, body) if body else "None yet."
 
 
 def with_tables(readme: str, results: dict[str, dict[str, Any]]) -> str:
@@ -142,7 +130,7 @@ def run(args: argparse.Namespace) -> None:
     results = load_results() | {folder.name: summarize(folder, folder.name) for folder in args.runs}
     if args.runs:
         write_results(RESULTS, results)
-    README.write_text(with_tables(README.read_text(), results))
+    write_atomically(README, with_tables(README.read_text(), results))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
