@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import timm
 import yaml
 from huggingface_hub import ModelCard
 from staging import MEASURED, VERSIONS, make_folder, train
@@ -12,6 +14,7 @@ from staging import MEASURED, VERSIONS, make_folder, train
 from timm_sugar.card import DATASETS, card, read_results
 from timm_sugar.cli import UserError
 from timm_sugar.stage import Run, add_twin
+from timm_sugar.tags import MODEL_CARDS
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +45,13 @@ def test_numbers_are_those_of_the_measurements(folder: Path) -> None:
     assert f"{int(read_results(folder)[0]['params']) / 1e6:.2f} M" in text
     assert "1 epochs, batch 8" in text
     assert "python scripts/evaluate.py" in text
+
+
+@pytest.mark.parametrize("committed", sorted(MODEL_CARDS.glob("*/README.md")), ids=lambda path: path.parent.name)
+def test_network_that_a_committed_card_names_is_one_of_timms(committed: Path) -> None:
+    named = re.findall(r"timm's own `(.+?)`", committed.read_text())
+    assert named
+    assert set(named) <= {name for name in timm.list_models() if not name.endswith("_sugar")}
 
 
 def test_known_data_sets_are_named_with_their_terms(folder: Path, tmp_path: Path) -> None:

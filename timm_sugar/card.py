@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from timm_sugar.cli import explained
+from timm_sugar.models import ALIASES, SUFFIX
 from timm_sugar.tags import ORG, WEIGHTS
 
 CARD, CONFIG, RECIPE, RESULTS = "README.md", "config.json", "train_args.yaml", "results.csv"
@@ -98,6 +99,7 @@ def _render(name: str, config: dict[str, Any], recipe: dict[str, Any], rows: lis
             for key, metric in (("top1", "Top-1 accuracy (%)"), ("top5", "Top-5 accuracy (%)"))
         ],
     )
+    plain = architecture.removesuffix(SUFFIX)
     text = ModelCard.from_template(
         data,
         template_path=str(TEMPLATE),
@@ -105,8 +107,8 @@ def _render(name: str, config: dict[str, Any], recipe: dict[str, Any], rows: lis
         org=sugar["org"],
         registered=sugar["org"] == ORG,
         architecture=architecture,
-        base=architecture.removesuffix("_sugar"),
-        stock=not config["architecture"].endswith("_sugar"),
+        base=ALIASES.get(plain, plain),
+        stock=not config["architecture"].endswith(SUFFIX),
         config=config,
         surrogate=SURROGATES.get(sugar["model_args"]["surrogate"], sugar["model_args"]["surrogate"]),
         alpha=sugar["model_args"].get("alpha"),
