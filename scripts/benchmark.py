@@ -119,15 +119,18 @@ def measure_backward(args: argparse.Namespace) -> None:
         return
     if torch._dynamo.config.disable:
         raise UserError("the loops of the backward pass are compiled: unset TORCH_COMPILE_DISABLE")
+    with explained("--model-kwargs"):
+        sugar: Any = make_activation("sugar", args.model_kwargs)
     for dtype in args.dtypes:
         for exponent in args.exponents:
+            x, upstream = torch.randn(2, 2**exponent).to(getattr(torch, dtype))
             try:
-                loops = backward_loops(*torch.randn(2, 2**exponent).to(getattr(torch, dtype)))
+                loops = backward_loops(x, upstream, sugar)
             except Exception as error:  # whatever may be wrong with a compiler
                 raise UserError(f"the loops can't be compiled: {type(error).__name__}: {error!s:.150}") from error
             watches = {name: stopwatch(loop, "cpu", calls_for(loop, "cpu", args.least)) for name, loop in loops.items()}
             setting = {"subject": "backward loop", "dtype": dtype, "processes": 1, "size": 2**exponent}
-            surrogates = dict.fromkeys(loops, "") | {"sugar": describe("sugar", {})}
+            surrogates = dict.fromkeys(loops, "") | {"sugar": describe("sugar", args.model_kwargs)}
             report(args, setting, "pass", "s", interleave(watches, args.repeats), surrogates)
 
 

@@ -325,8 +325,8 @@ def test_loops_of_the_backward_pass_compute_what_they_are_called(dtype: torch.dt
     x, upstream = torch.linspace(-4, 4, 40).to(dtype), torch.linspace(1, 2, 40).to(dtype)
     exact = x.double()
     factors = {"relu": (exact > 0).double(), "product": exact, "exponential": exact.exp()}
-    factors |= {"gelu": slope(x, "gelu"), "sugar": slope(x)}
-    loops = backward_loops(x, upstream)
+    factors |= {"gelu": slope(x, "gelu"), "sugar": slope(x, "nelu", alpha=0.3)}
+    loops = backward_loops(x, upstream, SUGAR(surrogate="nelu", alpha=0.3))
     assert list(loops) == ["relu", "gelu", "sugar", "product", "exponential"]
     for name, loop in loops.items():
         torch.testing.assert_close(loop(), (upstream.double() * factors[name]).to(dtype))
@@ -340,6 +340,9 @@ def test_loops_of_the_backward_pass_are_measured_in_one_thread(tmp_path: Path) -
     assert {row["threads"] for row in rows} == {"1"}
     assert [row["surrogate"] for row in rows if row["surrogate"]] == ["surrogate='bsilu', alpha=1.67"]
     assert "the loop of the backward pass alone, one thread" in cost.tables(tmp_path)
+    assert script.main(["backward", *options, "--output", str(tmp_path), "--model-kwargs", "alpha=2"]) == 0
+    found = [row["surrogate"] for row in columns(tmp_path / "benchmark_backward.csv") if row["surrogate"]]
+    assert found == ["surrogate='bsilu', alpha=1.67", "surrogate='bsilu', alpha=2"]
 
 
 def test_a_model_is_measured_in_training_and_in_inference(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from timm_sugar.activation import SUGAR
 from timm_sugar.benchmark import kept_bytes, most_bytes, peak_bytes
 from timm_sugar.compiled import compile_loop
-from timm_sugar.surrogate import resolve_parameters, surrogate_derivative
+from timm_sugar.surrogate import surrogate_derivative
 from timm_sugar.variants import make_model
 
 
@@ -29,15 +30,15 @@ def activation_pass(activation: Callable[[Tensor], Tensor], x: Tensor, upstream:
     return work
 
 
-def backward_loops(x: Tensor, upstream: Tensor) -> dict[str, Callable[[], Tensor]]:
+def backward_loops(x: Tensor, upstream: Tensor, sugar: SUGAR) -> dict[str, Callable[[], Tensor]]:
     """The loops over memory that backward passes are, and, compiled as SUGAR's is, two that do a part of its work: a
-    product with x, and one with an exponential of x. x, upstream: dense, one-dimensional, of a CPU, of one dtype.
+    product with x, and one with an exponential of x. x, upstream: dense, one-dimensional, of a CPU, of one dtype;
+    `sugar`: what has the surrogate and its values.
 
     Raises what a compiler may raise.
     """
-    surrogate, values = "bsilu", resolve_parameters("bsilu", {})
     factors: dict[str, Callable[[Tensor], Tensor]] = {
-        "sugar": lambda x: surrogate_derivative(x, surrogate, values),
+        "sugar": lambda x: surrogate_derivative(x, sugar.surrogate, sugar.values),
         "product": lambda x: x.float(),
         "exponential": lambda x: torch.exp(x.float()),
     }
