@@ -37,9 +37,15 @@ def test_readme_has_the_blocks_that_the_tests_below_are_about() -> None:
 
 
 @pytest.mark.parametrize("code", PYTHON, ids=range(len(PYTHON)))
-def test_python_block_runs(code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_block_runs_and_prints_what_it_says(
+    code: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(surrogate, "_surrogates", dict(surrogate._surrogates))  # an example registers one
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) >= code.count("print(")
+    said = re.findall(r"^ *print\(.+\)  # (\w+)$", code, flags=re.MULTILINE)
+    assert set(said) <= {line.partition("(")[0] for line in printed}
 
 
 @pytest.mark.parametrize("code", SKIPPED, ids=range(len(SKIPPED)))
