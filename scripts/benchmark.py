@@ -46,6 +46,7 @@ DEPTHS = ("resnet18", "resnet50", "resnet101")
 OF_ACTIVATIONS = ("relu", "gelu", "sugar", *ALTERNATIVES, *(["x-mlps"] if INSTALLED else []))
 OF_MODELS = (OWN, "relu", "sugar")
 AXES = ("batch", "pixels", "depth", "processes")
+MMAP_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"  # glibc's: from how many bytes on freed memory goes back at once
 DTYPES = ("float32", "bfloat16", "float16")
 PARTS = (
     ("activation",),
@@ -62,9 +63,9 @@ PARTS = (
 
 def mode(args: argparse.Namespace) -> str:
     """How the code runs: compiled as a whole, or eagerly, with or without a compiler for SUGAR's own gradient."""
-    if args.compile:
-        return "compile"
-    return "eager, no compiler" if torch._dynamo.config.disable else "eager"
+    eager = "eager, no compiler" if torch._dynamo.config.disable else "eager"
+    threshold = os.environ.get(MMAP_THRESHOLD)
+    return ("compile" if args.compile else eager) + (f", {MMAP_THRESHOLD}={threshold}" if threshold else "")
 
 
 def report(

@@ -360,7 +360,7 @@ def test_a_model_is_measured_in_training_and_in_inference(tmp_path: Path) -> Non
     assert rows["sugar", "forward"]["unit"] == "s"
 
 
-def test_memory_is_that_of_a_process_that_trains(tmp_path: Path) -> None:
+def test_memory_is_that_of_a_process_that_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, ballast = benchmark.peak_bytes(), torch.ones(2**27)  # 512 MB
     ours = benchmark.peak_bytes()
     assert ours >= max(before, ballast.nbytes)
@@ -370,6 +370,10 @@ def test_memory_is_that_of_a_process_that_trains(tmp_path: Path) -> None:
     assert (peak["metric"], added["metric"], tensors["metric"]) == ("peak", "added", "tensors")
     assert 0 < int(tensors["median"]) < int(peak["median"])
     assert 0 < int(added["median"]) < int(peak["median"]) < ours  # the parent's ballast is not the child's
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    assert script.main(["memory", *options]) == 0
+    modes = [row["mode"] for row in columns(tmp_path / "benchmark_memory.csv")]
+    assert modes == ["eager"] * 3 + ["eager, MALLOC_MMAP_THRESHOLD_=65536"] * 3
 
 
 def test_growth_is_measured_along_each_axis(tmp_path: Path) -> None:
