@@ -2,7 +2,7 @@
 """Keep results/recipes.csv, and the tables in README.md, up to date.
 
     python scripts/tables.py output/train/RUN ...   # add runs of recipes to results/recipes.csv, then write the table
-    python scripts/tables.py                        # write the tables only, that of scripts/benchmark.py's results too
+    python scripts/tables.py                        # write the tables only, those of costs and experiments too
     python scripts/tables.py --selection RECIPE RUN ...   # runs that chose a recipe's settings: results/selection.csv
 
 A run belongs to the recipe that its folder is named after. Its row has the last epoch's numbers on the validation
@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from timm_sugar import cost
+from timm_sugar import cost, evidence
 from timm_sugar.card import CONFIG, SURROGATES, TWIN, read_results
 from timm_sugar.cli import Parser, UserError, as_options, choose_device, explained
 from timm_sugar.options import build_parser
@@ -114,6 +114,7 @@ def models_table(models: Path = MODEL_CARDS) -> str:
 def with_tables(readme: str, results: dict[str, dict[str, Any]]) -> str:
     """README.md's text, what stands between each pair of marks replaced by its table."""
     tables = {"recipes": table(results), "models": models_table(), "benchmark": cost.tables(RESULTS.parent)}
+    tables["evidence"] = evidence.overview(RESULTS.parent)
     for mark, text in tables.items():
         before, rest = readme.split(f"<!-- {mark} -->\n")
         readme = f"{before}<!-- {mark} -->\n{text}\n<!-- /{mark} -->{rest.partition(f'<!-- /{mark} -->')[2]}"

@@ -27,7 +27,7 @@ from timm_sugar.cli import as_options
 from timm_sugar.experiments import COLUMNS, TABLES, Table, list_tables, load_table
 from timm_sugar.options import build_parser
 from timm_sugar.paired import difference, estimate
-from timm_sugar.runs import read_rows
+from timm_sugar.runs import read_rows, write_rows
 from timm_sugar.surrogate import get_surrogate, list_surrogates
 
 sys.path.insert(0, str(TABLES))  # as scripts/reproduce.py does for the processes that it starts
@@ -122,6 +122,23 @@ def test_sentence_follows_from_the_intervals() -> None:
     one = evidence.verdict(table, rows_of({"relu": {0: 10}, "up": {0: 12}}))
     assert one == "- One seed says nothing about a difference in top-1 from the run with `relu`."
     assert evidence.verdict(table, rows_of({"relu": {0: 10, 1: 20}})) == "Nothing to compare with `relu` has run."
+
+
+def test_overview_sorts_variants_by_their_intervals(tmp_path: Path) -> None:
+    """Intervals as above; what has one seed, or nothing to be compared with, has no line."""
+    assert evidence.overview(tmp_path) == "None yet."
+    numbers = {"relu": {0: 10, 1: 20}, "sugar-bsilu": {0: 12.1, 1: 22}, "sugar-nelu": {0: 7, 1: 17.1}}
+    numbers |= {"gelu": {0: 9, 1: 21.5}, "sugar-elu": {0: 99}}
+    for name, ran in (
+        ("tabular", numbers),
+        ("resnet18_small", {"relu": {0: 1, 1: 2}}),
+        ("convnext_small", {"gelu": {0: 1}}),
+    ):
+        write_rows(tmp_path / f"{name}.csv", rows_of(ran), COLUMNS)
+    assert evidence.overview(tmp_path).splitlines()[2:] == [
+        f"| {load_table('tabular').title} | 2 | `relu` 15.00 ± 7.07 | `sugar-bsilu` +2.05 [+1.41, +2.69] "
+        "| `sugar-nelu` -2.95 [-3.59, -2.31] | `gelu` +0.25 [-15.63, +16.13] |"
+    ]
 
 
 def test_dead_units_are_compared_in_points() -> None:

@@ -1,4 +1,4 @@
-"""What results/TABLE.csv say: tables in Markdown, sentences, a picture each; and results/README.md, made of them."""
+"""What results/TABLE.csv say: tables in Markdown, sentences, pictures; results/README.md, and README.md's overview."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ not counted.
 """
 COLUMNS = ("variant", "n", "top-1 (%)", "minus `{}` (points)", "minus the activation itself (points)", "training loss",
            "dead units (%)", "zeros (%)")  # fmt: skip
+OVERVIEW = ("experiment", "seeds", "baseline, top-1 (%)", "top-1 higher", "top-1 lower", "no difference shown")
 
 # Folders of results/ that scripts/diagnose.py wrote: heading, and the options that make them again.
 DEPTHS = {
@@ -139,6 +140,25 @@ def sentence(rows: Rows, pairs: dict[str, str], what: str, other: str, column: s
     return f"In {seeds} paired seeds, {'; '.join(parts)}."
 
 
+def overview(results: Path) -> str:
+    """A line in Markdown for each table that has run with several seeds: how its variants differ from the baseline.
+
+    As in results/README.md: paired differences, in points of top-1, with their 95 % intervals.
+    """
+    lines = []
+    for table in map(load_table, list_tables()):
+        rows = read_rows(results / f"{table.name}.csv")
+        gaps = {name: difference(rows, name, table.baseline) for name in table.variants if name != table.baseline}
+        if any(gap.n > 1 for gap in gaps.values()):
+            cells = [
+                ", ".join(f"`{name}` {interval(gap)}" for name, gap in gaps.items() if gap.n > 1 and gap.sign == sign)
+                for sign in (1, -1, 0)
+            ]
+            start = level(rows, table.baseline)
+            lines.append([table.title, str(start.n), f"`{table.baseline}` {spread(start)}", *cells])
+    return markdown_table(OVERVIEW, lines) if lines else "None yet."
+
+
 def compare(table: Table, rows: list[dict[str, str]]) -> str:
     """What to print when a table has run."""
     return f"\n{table.title}\n\n{table_of(table, rows)}\n\n{verdict(table, rows)}"
@@ -223,7 +243,8 @@ def write_picture(table: Table, results: Path) -> None:
     for tick, color in zip(dots.get_yticklabels(), colors, strict=True):
         tick.set_color(color)
     accuracy.set(xlabel="epoch", ylabel="top-1 (%)")
-    dead.set(xlabel="epoch", ylabel="dead units (%)")
+    most = max(1.0, dead.get_ylim()[1])  # where none is dead, there is no range to show
+    dead.set(xlabel="epoch", ylabel="dead units (%)", ylim=(-0.03 * most, most))
     save_figure(figure, results / f"{table.name}.png")
 
 
