@@ -62,7 +62,9 @@ PARTS = (
 
 
 def mode(args: argparse.Namespace) -> str:
-    """How the code runs: compiled as a whole, or eagerly, with or without a compiler for SUGAR's own gradient."""
+    """How the code runs: compiled as a whole, or eagerly, with or without a compiler for SUGAR's own gradient;
+    and how the C library was told to give memory back, if it was.
+    """
     eager = "eager, no compiler" if torch._dynamo.config.disable else "eager"
     threshold = os.environ.get(MMAP_THRESHOLD)
     return ("compile" if args.compile else eager) + (f", {MMAP_THRESHOLD}={threshold}" if threshold else "")

@@ -149,9 +149,10 @@ def overview(results: Path) -> str:
     for table in map(load_table, list_tables()):
         rows = read_rows(results / f"{table.name}.csv")
         gaps = {name: difference(rows, name, table.baseline) for name in table.variants if name != table.baseline}
-        if any(gap.n > 1 for gap in gaps.values()):
+        gaps = {name: gap for name, gap in gaps.items() if gap.n > 1}
+        if gaps:
             cells = [
-                ", ".join(f"`{name}` {interval(gap)}" for name, gap in gaps.items() if gap.n > 1 and gap.sign == sign)
+                ", ".join(f"`{name}` {interval(gap)}" for name, gap in gaps.items() if gap.sign == sign)
                 for sign in (1, -1, 0)
             ]
             start = level(rows, table.baseline)
