@@ -246,6 +246,8 @@ def write_picture(table: Table, results: Path) -> None:
     accuracy.set(xlabel="epoch", ylabel="top-1 (%)")
     most = max(1.0, dead.get_ylim()[1])  # where none is dead, there is no range to show
     dead.set(xlabel="epoch", ylabel="dead units (%)", ylim=(-0.03 * most, most))
+    for axes in (accuracy, dead):
+        axes.locator_params("x", integer=True)
     save_figure(figure, results / f"{table.name}.png")
 
 
