@@ -124,7 +124,7 @@ def test_sentence_follows_from_the_intervals() -> None:
     assert evidence.verdict(table, rows_of({"relu": {0: 10, 1: 20}})) == "Nothing to compare with `relu` has run."
 
 
-def test_overview_sorts_variants_by_their_intervals(tmp_path: Path) -> None:
+def test_overview_tells_differences_that_are_shown_from_the_others(tmp_path: Path) -> None:
     """Intervals as above; what has one seed, or nothing to be compared with, has no line."""
     assert evidence.overview(tmp_path) == "None yet."
     numbers = {"relu": {0: 10, 1: 20}, "sugar-bsilu": {0: 12.1, 1: 22}, "sugar-nelu": {0: 7, 1: 17.1}}
@@ -136,8 +136,8 @@ def test_overview_sorts_variants_by_their_intervals(tmp_path: Path) -> None:
     ):
         write_rows(tmp_path / f"{name}.csv", rows_of(ran), COLUMNS)
     assert evidence.overview(tmp_path).splitlines()[2:] == [
-        f"| {load_table('tabular').title} | 2 | `relu` 15.00 ± 7.07 | `sugar-bsilu` +2.05 [+1.41, +2.69] "
-        "| `sugar-nelu` -2.95 [-3.59, -2.31] | `gelu` +0.25 [-15.63, +16.13] |"
+        f"| {load_table('tabular').title} | 2 | `relu` 15.00 ± 7.07 | `sugar-bsilu` +2.05 [+1.41, +2.69]"
+        "<br>`sugar-nelu` -2.95 [-3.59, -2.31] | `gelu` +0.25 [-15.63, +16.13] |"
     ]
 
 

@@ -29,7 +29,7 @@ not counted.
 """
 COLUMNS = ("variant", "n", "top-1 (%)", "minus `{}` (points)", "minus the activation itself (points)", "training loss",
            "dead units (%)", "zeros (%)")  # fmt: skip
-OVERVIEW = ("experiment", "seeds", "baseline, top-1 (%)", "top-1 higher", "top-1 lower", "no difference shown")
+OVERVIEW = ("experiment", "seeds", "baseline, top-1 (%)", "difference in top-1", "no difference shown")
 
 # Folders of results/ that scripts/diagnose.py wrote: heading, and the options that make them again.
 DEPTHS = {
@@ -152,8 +152,8 @@ def overview(results: Path) -> str:
         gaps = {name: gap for name, gap in gaps.items() if gap.n > 1}
         if gaps:
             cells = [
-                ", ".join(f"`{name}` {interval(gap)}" for name, gap in gaps.items() if gap.sign == sign)
-                for sign in (1, -1, 0)
+                "<br>".join(f"`{name}` {interval(gap)}" for name, gap in gaps.items() if bool(gap.sign) == shown)
+                for shown in (True, False)
             ]
             start = level(rows, table.baseline)
             lines.append([table.title, str(start.n), f"`{table.baseline}` {spread(start)}", *cells])
