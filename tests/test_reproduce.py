@@ -119,6 +119,11 @@ def test_sentence_follows_from_the_intervals() -> None:
         text.format(up, down + ", `sugar` (-0.95 [-1.59, -0.31])", same),
         "- In 2 paired seeds, top-1 is higher than with the activation itself for `sugar` (+2.00 [+2.00, +2.00]).",
     ]
+    replaced = Table("t", "T", "original", {"original": {}, "relu": {"plain": "relu"}, "sugar": {"sugar": "nelu"}})
+    ran = rows_of({"original": {0: 10, 1: 20}, "relu": {0: 11, 1: 23}, "sugar": {0: 9, 1: 21.1}})
+    assert evidence.verdict(replaced, ran).splitlines()[1:] == [
+        "- In 2 paired seeds, top-1 is lower than with ReLU's own gradient (`relu`) for `sugar` (-1.95 [-2.59, -1.31])."
+    ]
     one = evidence.verdict(table, rows_of({"relu": {0: 10}, "up": {0: 12}}))
     assert one == "- One seed says nothing about a difference in top-1 from the run with `relu`."
     assert evidence.verdict(table, rows_of({"relu": {0: 10, 1: 20}})) == "Nothing to compare with `relu` has run."

@@ -108,15 +108,19 @@ def table_of_epochs(table: Table, epochs: list[dict[str, str]]) -> str:
 def verdict(table: Table, rows: Rows) -> str:
     """By rule: for which variants top-1 is above the baseline's, or below, and for which no difference is shown.
 
-    Then the same for SUGAR against the activation itself, and for the share of dead units against the baseline's.
+    Then the same for SUGAR against the activation itself, for SUGAR against ReLU where that isn't the baseline, and for
+    the share of dead units against the baseline's.
     """
     against = {name: table.baseline for name in table.variants if name != table.baseline}
     twins = {name: other for name in table.variants if (other := twin(table, name))}
+    relu = next((name for name, own in table.variants.items() if own == {"plain": "relu"}), table.baseline)
+    gradients = {name: relu for name, own in table.variants.items() if "sugar" in own and relu != table.baseline}
     if not any(difference(rows, name, table.baseline).n for name in against):
         return f"Nothing to compare with `{table.baseline}` has run."
     found = [
         sentence(rows, against, "top-1", f"with `{table.baseline}`"),
         sentence(rows, twins, "top-1", "with the activation itself"),
+        sentence(rows, gradients, "top-1", f"with ReLU's own gradient (`{relu}`)"),
         sentence(rows, against, "the share of dead units", f"with `{table.baseline}`", "dead_units", 100),
     ]
     return "\n".join(f"- {text}" for text in found if text)
