@@ -32,7 +32,7 @@ from xml.etree import ElementTree
 import timm
 import torch
 
-from timm_sugar import models
+from timm_sugar.models import sugar as models
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "acceptance.csv"
@@ -201,7 +201,7 @@ def run_tests(test_file: Path, bases: list[str], suffix: str, jobs: int, only: s
     report = test_file.parent / f"report{suffix}.xml"
     environment = os.environ | {"TIMM_SUGAR_BASES": ",".join(bases), "TIMM_SUGAR_SUFFIX": suffix}
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    paths = [str(ROOT / "tests"), str(ROOT), os.environ.get("PYTHONPATH", "")]
+    paths = [str(ROOT / "tests" / "library"), str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     chosen = "not prune_intermediate_layers_contract" + (f" and ({only})" if only else "")
     command = ["-m", "pytest", "-p", "timm_plugin", "-p", "no:cacheprovider", "-q", "--tb=line", "-W", "ignore"]

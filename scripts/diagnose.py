@@ -17,14 +17,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from lab.cli import Parser, explained
+from lab.experiments.evidence import draw_depth
+from lab.files import write_rows
+from lab.training.loading import add_compare, add_options, each_model
 from tqdm import tqdm
 
 import timm_sugar
-from timm_sugar.cli import Parser, explained
-from timm_sugar.diagnose import DORMANT, Activations
-from timm_sugar.evidence import draw_depth
-from timm_sugar.loading import add_compare, add_options, each_model
-from timm_sugar.runs import write_rows
+from timm_sugar.diagnostics import DORMANT, Activations
 
 
 def build_parser() -> Parser:

@@ -24,15 +24,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lab.cli import Parser, UserError, choose_device, explained
+from lab.files import write_atomically
+from lab.training.loading import add_options, load_model, open_loader
 from timm.task import ClassificationEvaluator
 from torch import nn
 from tqdm import tqdm
 
 import timm_sugar  # noqa: F401  registers the models
-from timm_sugar.cli import Parser, UserError, choose_device, explained
-from timm_sugar.diagnose import watch
-from timm_sugar.loading import add_options, load_model, open_loader
-from timm_sugar.runs import write_atomically
+from timm_sugar.diagnostics import watch
 
 
 def build_parser() -> Parser:

@@ -18,15 +18,15 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from lab.bench.cost import MACHINE, Row, of_default
+from lab.bench.cost import TITLES as VARIANTS
+from lab.cli import Parser
+from lab.files import read_rows
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from timm_sugar import sugar
-from timm_sugar.cli import Parser
-from timm_sugar.cost import MACHINE, Row, of_default
-from timm_sugar.cost import TITLES as VARIANTS
-from timm_sugar.runs import read_rows
 from timm_sugar.surrogate import get_surrogate
 
 # In the order of drawing, left to right and top to bottom.

@@ -17,8 +17,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from timm_sugar.cli import Parser, UserError, explained
-from timm_sugar.data import DataError, split_folder
+from lab.cli import Parser, UserError, explained
+from lab.training.data import DataError, split_folder
 
 
 def choose(names: Sequence[str], share: float, seed: str) -> set[str]:

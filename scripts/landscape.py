@@ -20,13 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from lab.cli import Parser, UserError, explained
+from lab.experiments.landscape import landscape
+from lab.files import save_figure, write_atomically
+from lab.training.loading import add_compare, add_options, each_model
 from matplotlib.figure import Figure
 from tqdm import tqdm
-
-from timm_sugar.cli import Parser, UserError, explained
-from timm_sugar.landscape import landscape
-from timm_sugar.loading import add_compare, add_options, each_model
-from timm_sugar.runs import save_figure, write_atomically
 
 
 def build_parser() -> Parser:

@@ -3,7 +3,7 @@
 
     python scripts/publish.py stage output/train/RUN --tag bsilu_cifar10 --dataset cifar10   # a run -> model_cards/
     python scripts/publish.py twin resnet18_sugar.bsilu_cifar10 RUN      # compare with plain ReLU
-    python scripts/publish.py cards                                      # write all cards and timm_sugar/tags.json
+    python scripts/publish.py cards                                 # write all cards, and the library's weights.json
     python scripts/publish.py push --dry-run                             # what would change
     python scripts/publish.py push resnet18_sugar.bsilu_cifar10
     python scripts/publish.py stage RUN --tag TAG --dataset NAME --models DIR --org ME     # a model of your own
@@ -25,15 +25,15 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
+from lab.cli import Parser, UserError, explained
+from lab.files import environment, write_atomically
+from lab.release.card import CARD, CONFIG, card
+from lab.release.hub import changes, check, check_token, push
+from lab.release.stage import Run, add_twin, stage
+from lab.training.data import class_to_idx, open_dataset
 
 from timm_sugar import __version__
-from timm_sugar.card import CARD, CONFIG, card
-from timm_sugar.cli import Parser, UserError, explained
-from timm_sugar.data import class_to_idx, open_dataset
-from timm_sugar.hub import changes, check, check_token, push
-from timm_sugar.runs import environment, write_atomically
-from timm_sugar.stage import Run, add_twin, stage
-from timm_sugar.tags import MODEL_CARDS, ORG, TAGS_FILE, WEIGHTS, describe
+from timm_sugar.models._weights import MODEL_CARDS, ORG, WEIGHTS, WEIGHTS_FILE, describe
 
 EVALUATE = Path(__file__).with_name("evaluate.py")
 
@@ -101,14 +101,14 @@ def folders(args: argparse.Namespace) -> list[Path]:
 
 
 def write_cards(args: argparse.Namespace) -> None:
-    """The `cards` command: every card, and timm_sugar/tags.json if the models are the project's own."""
+    """The `cards` command: every card, and timm_sugar/models/weights.json if the models are the project's own."""
     named = folders(args)
     for folder in named:
         write_atomically(folder / CARD, card(folder))
     if args.models.resolve() == MODEL_CARDS and not args.names:
         configs = {folder: json.loads((folder / CONFIG).read_text()) for folder in named}
         tags = {folder.name: describe(config, folder / WEIGHTS) for folder, config in configs.items()}
-        write_atomically(TAGS_FILE, json.dumps(tags, indent=2) + "\n")
+        write_atomically(WEIGHTS_FILE, json.dumps(tags, indent=2) + "\n")
 
 
 def push_all(args: argparse.Namespace) -> None:

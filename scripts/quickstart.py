@@ -22,6 +22,7 @@ import timm.data
 import timm.models
 import timm.optim
 import torch
+from lab.cli import Parser
 from PIL import Image
 from safetensors import SafetensorError
 from sklearn.datasets import load_digits
@@ -30,8 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import timm_sugar
-from timm_sugar.cli import Parser
-from timm_sugar.diagnose import watch
+from timm_sugar.diagnostics import watch
 
 NAME = "resnet18_sugar"
 TAG = "bsilu_cifar10"  # what pretrained weights were trained on

@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from jinja2 import Environment
+from lab.cli import Parser, explained
+from lab.files import write_atomically
 from markdown_it import MarkdownIt
 from markupsafe import Markup
 
-from timm_sugar.cli import Parser, explained
-from timm_sugar.runs import write_atomically
 from timm_sugar.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -33,13 +33,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
-from timm_sugar.cli import Parser, UserError, as_options, choose_device, explained
-from timm_sugar.data import open_dataset
-from timm_sugar.evidence import DEPTHS, compare, draw_depth, write_page, write_picture
-from timm_sugar.experiments import COLUMNS, CURVES, TABLES, Table, list_tables, load_table
-from timm_sugar.runs import START, environment, read_rows, read_summary, write_atomically, write_rows
-from timm_sugar.subset import make_noise, make_subset
+from lab.cli import Parser, UserError, as_options, choose_device, explained
+from lab.experiments.evidence import DEPTHS, compare, draw_depth, write_page, write_picture
+from lab.experiments.subset import make_noise, make_subset
+from lab.experiments.table import COLUMNS, CURVES, TABLES, Table, list_tables, load_table
+from lab.files import environment, read_rows, write_atomically, write_rows
+from lab.training.data import open_dataset
+from lab.training.runs import START, read_summary
 
 ROOT = Path(__file__).resolve().parents[1]
 METRICS = ("top1", "top5", "dead_units", "sparsity")

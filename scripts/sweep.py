@@ -31,8 +31,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from timm_sugar import SUGAR, models, sugarize
+from timm_sugar import SUGAR, sugarize
 from timm_sugar.activation import FunctionalSUGAR
+from timm_sugar.models import sugar as models
 from timm_sugar.surgery import is_activation, is_activation_function
 
 # forward_intermediates() of these reads numbers from tensors, which meta has none of, unless it is asked like this.

@@ -19,13 +19,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lab.bench import cost
+from lab.cli import Parser, UserError, as_options, choose_device, explained
+from lab.experiments import evidence
+from lab.files import environment, markdown_table, read_rows, write_atomically, write_rows
+from lab.release.card import CONFIG, SURROGATES, TWIN, read_results
+from lab.training.options import build_parser
+from lab.training.runs import read_summary
 
-from timm_sugar import cost, evidence
-from timm_sugar.card import CONFIG, SURROGATES, TWIN, read_results
-from timm_sugar.cli import Parser, UserError, as_options, choose_device, explained
-from timm_sugar.options import build_parser
-from timm_sugar.runs import environment, markdown_table, read_rows, read_summary, write_atomically, write_rows
-from timm_sugar.tags import MODEL_CARDS, WEIGHTS
+from timm_sugar.models._weights import MODEL_CARDS, WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[1]
 RECIPES, RESULTS, README = ROOT / "scripts" / "recipes", ROOT / "results" / "recipes.csv", ROOT / "README.md"

@@ -27,6 +27,19 @@ from typing import Any
 
 import torch
 import yaml
+from lab.cli import Parser, UserError, explained, import_modules
+from lab.files import write_atomically, write_rows
+from lab.training.data import DataError, check_classes, open_dataset
+from lab.training.options import parse_args
+from lab.training.runs import (
+    START,
+    find_checkpoint,
+    is_saved,
+    plot_curves,
+    read_checkpoint,
+    read_summary,
+    write_summary,
+)
 from timm.data import FastCollateMixup, create_loader, resolve_data_config
 from timm.models import clean_state_dict, create_model, resolve_model_input_args, safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
@@ -46,21 +59,7 @@ from torch import nn
 from tqdm import tqdm
 
 import timm_sugar  # noqa: F401  registers the models
-from timm_sugar.cli import Parser, UserError, explained, import_modules
-from timm_sugar.data import DataError, check_classes, open_dataset
-from timm_sugar.diagnose import watch
-from timm_sugar.options import parse_args
-from timm_sugar.runs import (
-    START,
-    find_checkpoint,
-    is_saved,
-    plot_curves,
-    read_checkpoint,
-    read_summary,
-    write_atomically,
-    write_rows,
-    write_summary,
-)
+from timm_sugar.diagnostics import watch
 
 
 def build_model(args: argparse.Namespace) -> nn.Module:

@@ -19,13 +19,14 @@ import sklearn.datasets
 import torch
 import torch.nn.functional as F
 import yaml
+from lab.cli import KeyValues, Parser, UserError, explained
+from lab.files import write_atomically
+from lab.training.runs import write_summary
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from timm_sugar import SUGAR
-from timm_sugar.cli import KeyValues, Parser, UserError, explained
-from timm_sugar.diagnose import watch
-from timm_sugar.runs import write_atomically, write_summary
+from timm_sugar.diagnostics import watch
 
 DATA_SETS = ("breast_cancer", "wine", "iris")
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "sugar": SUGAR}

@@ -3,9 +3,9 @@
 Importing this package registers a `<name>_sugar` model in timm for every timm architecture `<name>`.
 """
 
-from timm_sugar import models
 from timm_sugar.activation import SUGAR, sugar
-from timm_sugar.diagnose import diagnose
+from timm_sugar.diagnostics import diagnose
+from timm_sugar.models import sugar as models
 from timm_sugar.surgery import sugarize, to_relu
 from timm_sugar.surrogate import list_surrogates, register_surrogate
 from timm_sugar.version import __version__

@@ -18,12 +18,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import timm_sugar  # noqa: F401  registers the models, and thereby imports the installed timm before a checkout's
-from timm_sugar.cli import Parser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script as `python SCRIPT ARGS...` would; its exit status is ours."""
-    parser = Parser("python -m timm_sugar", description=__doc__)
+    parser = argparse.ArgumentParser(
+        "python -m timm_sugar", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("script", metavar="SCRIPT", help="path of a timm script, e.g. validate.py of timm's repository")
     parser.add_argument("args", metavar="ARGS", nargs=argparse.REMAINDER, help="its arguments")
     options = parser.parse_args(argv)

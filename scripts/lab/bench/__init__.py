@@ -1,0 +1,1 @@
+"""Measuring what SUGAR costs: time, memory, compilations."""

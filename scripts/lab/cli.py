@@ -1,0 +1,127 @@
+"""What the scripts' command lines have in common: errors of one line, name=value options, choice of a device."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import pickle
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from timm.utils import ParseKwargs
+
+# What timm, torch and the file system raise for a user's mistake; anything else is a bug and keeps its traceback.
+_MISTAKES = (
+    *(RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError),
+    *(EOFError, pickle.UnpicklingError, SafetensorError),
+)
+
+
+class UserError(Exception):
+    """A user's mistake; the message is one line that says what was wrong and what to do."""
+
+
+@contextmanager
+def explained(what: str) -> Iterator[None]:
+    """Turn an error inside the block into a UserError of one line that starts with `what`."""
+    try:
+        yield
+    except _MISTAKES as error:
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{what}: {text if len(text) < 300 else text[:300] + ' ...'}") from error
+
+
+class Parser(argparse.ArgumentParser):
+    """Argument parser that takes no abbreviations and whose errors are one line on stderr, exit status 2."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, allow_abbrev=False, formatter_class=formatter, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the message and exit; of an error from a loader process only the last line is the message."""
+        last = (str(message).strip().splitlines() or [""])[-1]
+        self.exit(2, f"{self.prog}: error: {last.removeprefix('lab.training.data.DataError: ')}\n")
+
+    def run(self, do: Callable[[argparse.Namespace], object], argv: Sequence[str] | None) -> int:
+        """Parse `argv` (None: the command line) and call `do(options)`; a UserError becomes an `error`.
+
+        Returns the exit status: 0, or 130 after Ctrl-C.
+        """
+        args = self.parse_args(argv)
+        try:
+            do(args)
+        except UserError as error:
+            self.error(str(error))
+        except KeyboardInterrupt:
+            return 130
+        return 0
+
+
+class KeyValues(ParseKwargs):
+    """timm's `name=value ...` option, with an error instead of a traceback where the = is missing."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        for value in values:
+            if "=" not in value:
+                parser.error(f"argument {option_string}: expected name=value, not {value!r}")
+        super().__call__(parser, namespace, values, option_string)
+
+
+def import_modules(names: Sequence[str] | None) -> None:
+    """Import what --device-modules names. Raises UserError for a module that isn't there."""
+    try:
+        for name in names or ():
+            importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"--device-modules: {error} (is its folder in PYTHONPATH?)") from error
+
+
+def choose_device(name: str | None) -> str:
+    """The named device, or the first of cuda, mps and cpu that there is. Raises UserError if it is missing."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if not name:
+        return next(kind for kind, usable in there.items() if usable)
+    with explained(f"--device {name}"):
+        kind = torch.device(name).type
+    if not there.get(kind, True):
+        raise UserError(f"--device {name}: this machine has none; leave --device out to use what there is")
+    return name
+
+
+def as_options(key: str, value: Any) -> list[str]:
+    """A setting as it stands on the command line; True is a flag, a dictionary `name=value ...`."""
+    option = "--" + key.replace("_", "-")
+    if value is True:
+        return [option]
+    if isinstance(value, dict):
+        value = [f"{name}={item}" for name, item in value.items()]
+    return [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"]
+
+
+def yaml_options(path: str | Path, parser: Parser) -> list[str]:
+    """The keys and values of a YAML file as command line options, so that one parser checks both."""
+    with explained(f"can't read {path}"):
+        try:
+            values = yaml.safe_load(Path(path).read_text()) or {}
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(error) from error
+    known = vars(parser.parse_args([]))
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected 'option: value' lines")
+    options: list[str] = []
+    for key, value in values.items():
+        if key not in known or key in ("config", "resume"):
+            close = difflib.get_close_matches(str(key), known, 1)
+            raise UserError(f"{path}: unknown key {key!r}" + (f", did you mean {close[0]!r}?" if close else ""))
+        if value is None:
+            parser.set_defaults(**{key: None})
+        elif value is not False or known[key] is not False:
+            options += as_options(key, value)
+    return options

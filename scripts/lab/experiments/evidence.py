@@ -1,0 +1,280 @@
+"""What results/TABLE.csv say: tables in Markdown, sentences, pictures; results/README.md, and README.md's overview."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lab.experiments.paired import Estimate, Rows, by_seed, difference, level
+from lab.experiments.table import TABLES, Table, list_tables, load_table
+from lab.files import markdown_table, read_rows, save_figure, write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+PAGE = """\
+# Results
+
+Written by `scripts/reproduce.py` from the CSV files beside it; `python scripts/reproduce.py` writes it again.
+
+Top-1 is of the last epoch, mean ± standard deviation over the seeds. Differences are paired: variant minus baseline
+with the same seed, so with the same first weights and the same order of the data; the mean over the seeds, and its 95 %
+interval by Student's t. Where the interval holds 0, no difference is shown, which does not say that there is none.
+Intervals are not corrected for the number of comparisons: of twenty without a real difference, about one misses 0.
+
+`relu`, `gelu`, ... are the activation itself, with its own gradient; `sugar-...` is ReLU with that one's gradient. A
+dead unit was never above 0 on the validation data; a smooth activation still has a gradient there. An empty cell was
+not counted.
+"""
+COLUMNS = ("variant", "n", "top-1 (%)", "minus `{}` (points)", "minus the activation itself (points)", "training loss",
+           "dead units (%)", "zeros (%)")  # fmt: skip
+OVERVIEW = ("experiment", "seeds", "baseline, top-1 (%)", "difference in top-1", "no difference shown")
+
+# Folders of results/ that scripts/diagnose.py wrote: heading, and the options that make them again.
+DEPTHS = {
+    "deep_depth": (
+        "The 50-layer MLP by depth",
+        "Seed 0 of the table `deep` above, on its held-out images: activations from the first to the last.",
+        "--data-dir output/reproduce/subset-per_class-1000-held_out-200 "
+        "--compare output/reproduce/deep/relu-0 output/reproduce/deep/sugar-nelu-0.01-0",
+    ),
+}
+PANELS = {"dead": "dead units (%)", "zeros": "exact zeros (%)", "gradient": "units with a gradient (%)"}
+
+
+def spread(value: Estimate, digits: int = 2, factor: float = 1) -> str:
+    """Mean ± standard deviation; the mean alone for one seed, nothing without a number."""
+    if not math.isfinite(value.mean):
+        return "diverged" if value.n else ""
+    text = f"{factor * value.mean:.{digits}f}"
+    return text if math.isnan(value.spread) else f"{text} ± {factor * value.spread:.{digits}f}"
+
+
+def interval(value: Estimate, factor: float = 1) -> str:
+    """Mean and 95 % interval of a difference, times a factor."""
+    if not value.n:
+        return ""
+    numbers = (factor * number for number in (value.mean, value.low, value.high))
+    mean, low, high = (f"{round(number, 2) + 0.0:+.2f}" for number in numbers)  # + 0.0: no -0.00
+    return mean if math.isnan(value.low) else f"{mean} [{low}, {high}]"
+
+
+def twin(table: Table, variant: str) -> str | None:
+    """The variant whose activation is itself the function that this one borrows the gradient of, if there is one."""
+    own = dict(table.variants[variant])
+    if "sugar" not in own:
+        return None
+    plain = {"plain": own.pop("sugar"), **own}
+    return next((name for name, other in table.variants.items() if other == plain), None)
+
+
+def table_of(table: Table, rows: Rows) -> str:
+    """The variants that have run, in Markdown."""
+    ran = [name for name in table.variants if level(rows, name).n]
+    twins = {name: twin(table, name) for name in ran}
+    lines = [[column.format(table.baseline) for column in COLUMNS]]
+    for name in ran:
+        gaps = [None if name == table.baseline else table.baseline, twins[name]]
+        shares = [spread(level(rows, name, key), 1, 100) for key in ("dead_units", "sparsity")]
+        lines.append([
+            f"`{name}`", str(level(rows, name).n), spread(level(rows, name)),
+            *(interval(difference(rows, name, other)) if other else "" for other in gaps),
+            spread(level(rows, name, "train_loss"), 3), *shares,
+        ])  # fmt: skip
+    if not any(twins.values()):
+        lines = [line[:4] + line[5:] for line in lines]
+    return markdown_table(lines[0], lines[1:])
+
+
+def table_of_epochs(table: Table, epochs: list[dict[str, str]]) -> str:
+    """Top-1 after each epoch, minus the baseline's, in Markdown; empty unless the start was validated (epoch -1)."""
+    numbers = sorted({int(row["epoch"]) for row in epochs})
+    if -1 not in numbers:
+        return ""
+    at = {number: [row for row in epochs if row["epoch"] == str(number)] for number in numbers}
+    head = ["top-1 (%) after", *(f"{number + 1} epochs" if number else "1 epoch" for number in numbers)]
+    lines = []
+    for name in table.variants:
+        cells = [spread(level(rows, name)) for rows in at.values()]
+        if name != table.baseline:
+            gaps = [interval(difference(rows, name, table.baseline)) for rows in at.values()]
+            cells = [f"{cell} ({gap})" if gap else cell for cell, gap in zip(cells, gaps, strict=True)]
+        if any(cells):
+            lines.append([f"`{name}`", *cells])
+    return f"In brackets: minus `{table.baseline}`.\n\n{markdown_table(head, lines)}"
+
+
+def verdict(table: Table, rows: Rows) -> str:
+    """By rule: for which variants top-1 is above the baseline's, or below, and for which no difference is shown.
+
+    Then the same for SUGAR against the activation itself, for SUGAR against ReLU where that isn't the baseline, and for
+    the share of dead units against the baseline's.
+    """
+    against = {name: table.baseline for name in table.variants if name != table.baseline}
+    twins = {name: other for name in table.variants if (other := twin(table, name))}
+    relu = next((name for name, own in table.variants.items() if own == {"plain": "relu"}), table.baseline)
+    gradients = {name: relu for name, own in table.variants.items() if "sugar" in own and relu != table.baseline}
+    if not any(difference(rows, name, table.baseline).n for name in against):
+        return f"Nothing to compare with `{table.baseline}` has run."
+    found = [
+        sentence(rows, against, "top-1", f"with `{table.baseline}`"),
+        sentence(rows, twins, "top-1", "with the activation itself"),
+        sentence(rows, gradients, "top-1", f"with ReLU's own gradient (`{relu}`)"),
+        sentence(rows, against, "the share of dead units", f"with `{table.baseline}`", "dead_units", 100),
+    ]
+    return "\n".join(f"- {text}" for text in found if text)
+
+
+def sentence(rows: Rows, pairs: dict[str, str], what: str, other: str, column: str = "top1", factor: float = 1) -> str:
+    """What the differences between these pairs of variants show; empty if none has run."""
+    gaps = {one: difference(rows, one, base, column) for one, base in pairs.items()}
+    gaps = {one: gap for one, gap in gaps.items() if gap.n}
+    if not gaps:
+        return ""
+    if any(math.isnan(gap.low) for gap in gaps.values()):
+        return f"One seed says nothing about a difference in {what} from the run {other}."
+    parts = []
+    for sign, text in ((1, f"{what} is higher than {other}"), (-1, f"{what} is lower than {other}"),
+                       (0, f"no difference in {what} from the runs {other} is shown")):  # fmt: skip
+        named = [f"`{one}` ({interval(gap, factor)})" for one, gap in gaps.items() if gap.sign == sign]
+        if named:
+            parts.append(f"{text} for {', '.join(named)}")
+    seeds = " to ".join(map(str, sorted({gap.n for gap in gaps.values()})))
+    return f"In {seeds} paired seeds, {'; '.join(parts)}."
+
+
+def overview(results: Path) -> str:
+    """A line in Markdown for each table that has run with several seeds: how its variants differ from the baseline.
+
+    As in results/README.md: paired differences, in points of top-1, with their 95 % intervals.
+    """
+    lines = []
+    for table in map(load_table, list_tables()):
+        rows = read_rows(results / f"{table.name}.csv")
+        gaps = {name: difference(rows, name, table.baseline) for name in table.variants if name != table.baseline}
+        gaps = {name: gap for name, gap in gaps.items() if gap.n > 1}
+        if gaps:
+            cells = [
+                "<br>".join(f"`{name}` {interval(gap)}" for name, gap in gaps.items() if bool(gap.sign) == shown)
+                for shown in (True, False)
+            ]
+            start = level(rows, table.baseline)
+            lines.append([table.title, str(start.n), f"`{table.baseline}` {spread(start)}", *cells])
+    return markdown_table(OVERVIEW, lines) if lines else "None yet."
+
+
+def compare(table: Table, rows: list[dict[str, str]]) -> str:
+    """What to print when a table has run."""
+    return f"\n{table.title}\n\n{table_of(table, rows)}\n\n{verdict(table, rows)}"
+
+
+def section(table: Table, results: Path) -> str:
+    """The part of the page about one table that has run."""
+    rows, curves = read_rows(results / f"{table.name}.csv"), read_rows(results / f"{table.name}_epochs.csv")
+    ran = {key: sorted({row[key] for row in rows}) for key in ("device", "torch", "timm", "timm_sugar", "epochs")}
+    versions = ", ".join(f"{key} {'/'.join(ran[key])}" for key in ("torch", "timm", "timm_sugar"))
+    epochs = f"{'/'.join(ran['epochs'])} epochs; {'; '.join(ran['device'])}; {versions}."
+    note = f"{table.note}\n\n" if table.note else ""
+    picture, by_epoch = results / f"{table.name}.png", table_of_epochs(table, curves)
+    by_epoch = f"\n{by_epoch}\n" if by_epoch else ""
+    image = f"\n![Top-1 and dead units by variant and epoch]({table.name}.png)\n" if picture.exists() else ""
+    return (
+        f"\n## {table.title}\n\n{note}{verdict(table, rows)}\n\n{table_of(table, rows)}\n{by_epoch}{image}\n{epochs}\n"
+        f"Settings: [`{table.name}.yaml`](../scripts/reproduce/{table.name}.yaml); each run: [`{table.name}.csv`]"
+        f"({table.name}.csv). Again:\n\n```bash\n{command(table)}\n```\n"
+    )
+
+
+def command(table: Table) -> str:
+    """The command that runs a table, as it stands in the head of its file."""
+    lines = (TABLES / f"{table.name}.yaml").read_text().splitlines()
+    return next(line for line in lines if line.startswith("#   python scripts/reproduce.py")).lstrip("# ")
+
+
+def page(results: Path) -> str:
+    """The text of results/README.md: the tables that have run, then the names of those that haven't."""
+    parts, missing = [PAGE], []
+    for table in map(load_table, list_tables()):
+        if read_rows(results / f"{table.name}.csv"):
+            parts.append(section(table, results))
+        else:
+            missing.append(f"- {table.title}: `{command(table)}`")
+    parts += [depth_section(name, results) for name in DEPTHS if (results / name / "activations.csv").exists()]
+    if missing:
+        parts.append("\n## Defined, not run here\n\n" + "\n".join(missing) + "\n")
+    return "".join(parts)
+
+
+def depth_section(name: str, results: Path) -> str:
+    """The part of the page about one folder that scripts/diagnose.py wrote."""
+    title, text, options = DEPTHS[name]
+    totals = [row for row in read_rows(results / name / "activations.csv") if row["layer"] == "total"]
+    lines = [[f"`{row['model']}`", *(f"{100 * float(row[key]):.2f}" for key in PANELS)] for row in totals]
+    table = markdown_table(["", *PANELS.values()], lines)
+    command = f"PYTHONPATH=scripts/reproduce python scripts/diagnose.py {options} --output results/{name}"
+    return (
+        f"\n## {title}\n\n{text} All of them together:\n\n{table}\n\n![{', '.join(PANELS.values())} by depth]"
+        f"({name}/activations.png)\n\nAgain, once the table has run:\n\n```bash\n{command}\n```\n"
+    )
+
+
+def write_page(results: Path) -> None:
+    """Write results/README.md."""
+    write_atomically(results / "README.md", page(results))
+
+
+def write_picture(table: Table, results: Path) -> None:
+    """Draw results/TABLE.png: top-1 of every run, and over the epochs top-1 and dead units, means over the seeds."""
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure  # here, since it takes long to import
+
+    rows, epochs = read_rows(results / f"{table.name}.csv"), read_rows(results / f"{table.name}_epochs.csv")
+    variants = [name for name in table.variants if by_seed(rows, name, "top1")]
+    figure = Figure(figsize=(13, max(3.4, 0.28 * len(variants) + 1.2)), layout="constrained")
+    figure.suptitle(table.title)
+    dots, accuracy, dead = figure.subplots(1, 3)
+    colors = colormaps["tab10" if len(variants) <= 10 else "tab20"](range(len(variants)))
+    for i, (name, color) in enumerate(zip(variants, colors, strict=True)):
+        values = list(by_seed(rows, name, "top1").values())
+        dots.plot(values, [i] * len(values), "o", alpha=0.5, color=color)
+        dots.plot([level(rows, name).mean], [i], "|", markersize=16, color="black")
+        draw_epochs(accuracy, epochs, name, "top1", 1, color)
+        draw_epochs(dead, epochs, name, "dead_units", 100, color)
+    if table.baseline in variants:
+        dots.axvline(level(rows, table.baseline).mean, color="gray", linewidth=0.8, linestyle=":")
+    dots.set(yticks=range(len(variants)), yticklabels=variants, xlabel="top-1 (%), each run and the mean")
+    dots.set_ylim(len(variants) - 0.5, -0.5)
+    for tick, color in zip(dots.get_yticklabels(), colors, strict=True):
+        tick.set_color(color)
+    accuracy.set(xlabel="epoch", ylabel="top-1 (%)")
+    most = max(1.0, dead.get_ylim()[1])  # where none is dead, there is no range to show
+    dead.set(xlabel="epoch", ylabel="dead units (%)", ylim=(-0.03 * most, most))
+    for axes in (accuracy, dead):
+        axes.locator_params("x", integer=True)
+    save_figure(figure, results / f"{table.name}.png")
+
+
+def draw_epochs(axes: Axes, epochs: list[dict[str, Any]], variant: str, column: str, factor: float, color: Any) -> None:
+    """The mean of a column over the seeds, by epoch; no line if there are no numbers."""
+    numbers = sorted({int(row["epoch"]) for row in epochs if row["variant"] == variant})
+    means = [level([row for row in epochs if row["epoch"] == str(epoch)], variant, column).mean for epoch in numbers]
+    points = [(epoch + 1, factor * mean) for epoch, mean in zip(numbers, means, strict=True) if math.isfinite(mean)]
+    if points:
+        axes.plot(*zip(*points, strict=True), ".-", color=color, label=variant)
+
+
+def draw_depth(rows: list[dict[str, str]], path: Path) -> None:
+    """Shares by depth, one panel each, all models in each panel; `rows` as scripts/diagnose.py writes them."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    for axes, (key, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
+        for model, marker in zip(models, "os", strict=False):
+            shares = [100 * float(row[key]) for row in rows if row["model"] == model and row["layer"] != "total"]
+            axes.plot(shares, f"-{marker}", markersize=4, label=model)
+        axes.set(title=title, xlabel="activation, by depth", ylim=(-3, 103))
+        axes.grid(alpha=0.3)
+    figure.axes[0].legend()
+    save_figure(figure, path)

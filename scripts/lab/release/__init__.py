@@ -1,0 +1,1 @@
+"""Publishing a model: its folder, its card, the Hub."""

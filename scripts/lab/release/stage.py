@@ -1,0 +1,208 @@
+"""From a training run to the folder of a published model: weights, config, how it was trained, what it measures.
+
+A folder is exactly what its repository on the Hub holds; its name is the model's full name, `<architecture>.<tag>`.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import yaml
+from timm.data import ImageNetInfo, resolve_data_config
+from timm.models import clean_state_dict, create_model, resolve_model_input_args, save_for_hf
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lab.cli import UserError, explained
+from lab.files import write_atomically, write_rows
+from lab.release.card import CARD, CONFIG, RECIPE, RESULTS, TWIN, card, read_results
+from lab.training.runs import read_checkpoint, read_summary
+from timm_sugar.models._weights import WEIGHTS
+from timm_sugar.models.sugar import ALIASES, SUFFIX
+from timm_sugar.surgery import sugarize
+from timm_sugar.surrogate import get_surrogate, parameter_names, resolve_parameters
+
+FROM_RUN = ("summary.csv", "train.log", "curves.png")
+FILES = (CARD, CONFIG, WEIGHTS, RECIPE, RESULTS, *FROM_RUN)
+HALF_COSTS_AT_MOST = 0.05  # points of top-1
+_OF_THE_MACHINE = ("data_dir", "output", "experiment", "device")
+_STARTED_FROM = ("class_map", "initial_checkpoint", "pretrained_path")  # files
+_COLUMNS = (
+    *("weights", "top1", "top5", "loss", "dead_units", "sparsity", "images", "params", "macs"),
+    *("device", "torch", "timm", "timm_sugar", "command"),
+)
+
+
+class Run:
+    """A finished training run: its settings, and the weights after its last epoch (their average, if it kept one).
+
+    The last epoch, not the best one, which would be chosen by the images on which the model is then reported.
+    `published` are the settings with the image size, in pixels, at which the model is evaluated and published.
+    """
+
+    def __init__(self, folder: Path, img_size: int | None = None) -> None:
+        """Raises UserError if the folder holds no run, or one that isn't finished."""
+        self.folder = folder
+        with explained(f"{folder} is not a training run"):
+            self.settings: dict[str, Any] = yaml.safe_load((folder / "args.yaml").read_text())
+        epochs = self.settings["epochs"]
+        if (done := len(read_summary(folder, epochs))) < epochs:
+            raise UserError(f"{folder}: {done} of {epochs} epochs are done; finish it with scripts/train.py --resume")
+        for name in FROM_RUN:
+            if not (folder / name).exists():
+                raise UserError(f"{folder} has no {name}: was it made by scripts/train.py?")
+        state = read_checkpoint(folder / "last.pth.tar", self.settings["model"])
+        self.settings["num_classes"] = state["args"].num_classes
+        self.published = self.settings | ({"img_size": img_size, "input_size": None} if img_size else {})
+        weights = clean_state_dict(state.get("state_dict_ema") or state["state_dict"])
+        # safetensors takes no channels_last
+        self.weights: dict[str, Tensor] = {key: value.contiguous() for key, value in weights.items()}
+
+    def build(self, name: str, arguments: dict[str, Any]) -> nn.Module:
+        """A model of these settings with these weights, in eval mode."""
+        options = {"num_classes": self.settings["num_classes"], "global_pool": self.settings["gp"], **arguments}
+        model: Any = create_model(**resolve_model_input_args(name, self.published, **options)).eval()
+        model.load_state_dict(self.weights)
+        return model
+
+    @property
+    def model_args(self) -> dict[str, Any]:
+        """The arguments of the `_sugar` model, surrogate and its parameters spelled out."""
+        arguments = dict(self.settings["model_kwargs"])
+        surrogate = get_surrogate(arguments.pop("surrogate", "bsilu"))
+        given = {key: arguments.pop(key) for key in surrogate.parameters if key in arguments}
+        values = resolve_parameters(surrogate.name, given)
+        return arguments | {"surrogate": surrogate.name} | dict(zip(surrogate.parameters, values, strict=True))
+
+    def deployed(self) -> nn.Module:
+        """A stock timm model that computes the same, bit for bit; the `_sugar` model if there is none.
+
+        Raises UserError if the settings are not those of a `_sugar` model, or the weights don't fit it.
+        """
+        name = self.settings["model"].partition(".")[0]
+        if not name.endswith(SUFFIX):
+            raise UserError(f"{self.folder} trained {name}: only {SUFFIX} models are staged")
+        with explained(f"the weights of {self.folder} don't fit {name}"):
+            model: Any = self.build(name, self.model_args)
+        image = torch.randn(2, *resolve_data_config(self.published, model=model)["input_size"])
+        base = name.removesuffix(SUFFIX)
+        sugar = {"surrogate"} | parameter_names()
+        plain = {key: value for key, value in self.settings["model_kwargs"].items() if key not in sugar}
+        for arguments in (plain, plain | {"act_layer": "relu"}):
+            with suppress(TypeError, RuntimeError), torch.inference_mode():  # it may take no act_layer
+                stock: Any = self.build(ALIASES.get(base, base), arguments)
+                is_relu = set(sugarize(copy.deepcopy(stock)).values()) <= {"ReLU", "relu"}
+                if is_relu and torch.equal(stock(image), model(image)):
+                    return stock
+        return model
+
+
+def stage(
+    run: Run,
+    folder: Path,
+    *,
+    licence: str,
+    labels: list[str],
+    about: dict[str, Any],
+    measure: Callable[[Path], dict[str, Any]],
+) -> None:
+    """Make a model's folder from a run; whole or not at all.
+
+    `measure(folder)` evaluates a folder and returns a row of results: weights are stored as float16 if that costs at
+    most HALF_COSTS_AT_MOST, else as float32. `about` has `dataset`, `org` and `notes` of the card, `labels` the names
+    of the classes in order. Raises UserError for a run that can't be staged or a folder that exists.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} exists: remove it first, or choose another --tag")
+    model = run.deployed()
+    with explained(f"can't write {folder}"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="tmp-") as temporary:
+            partial = Path(temporary, folder.name)
+            _save(model, run, partial, licence, labels, about)
+            rows = [{"weights": "float32", **measure(partial)}]
+            half = {key: value.half() if value.is_floating_point() else value for key, value in run.weights.items()}
+            safetensors.torch.save_file(half, partial / WEIGHTS, metadata={"format": "pt"})
+            row = {"weights": "float16", **measure(partial)}
+            if rows[0]["top1"] - row["top1"] <= HALF_COSTS_AT_MOST and all(v.isfinite().all() for v in half.values()):
+                rows.insert(0, row)
+            else:
+                safetensors.torch.save_file(run.weights, partial / WEIGHTS, metadata={"format": "pt"})
+            rows[0].update(statistics(partial))
+            for name in FROM_RUN:
+                shutil.copyfile(run.folder / name, partial / name)
+            (partial / RECIPE).write_text(yaml.safe_dump(_portable(run.settings)))
+            write_results(partial, rows)
+            write_atomically(partial / CARD, card(partial))
+            os.replace(partial, folder)
+
+
+def add_twin(folder: Path, run: Run, measure: Callable[[], dict[str, Any]]) -> None:
+    """Add what the plain ReLU network measures, trained with the recipe and seed of the folder's weights, and its card.
+
+    `measure()` evaluates that run and returns a row of results. Raises UserError, with nothing changed, if the run
+    differs from the folder's in more than the model.
+    """
+    with explained(f"can't read {folder / RECIPE}"):
+        recipe = yaml.safe_load((folder / RECIPE).read_text())
+    other = _portable(run.settings)
+    for key in sorted(recipe.keys() - {"model", "model_kwargs", "device_modules"}):
+        if recipe[key] != other.get(key):
+            raise UserError(f"{run.folder} was trained with another {key} than {folder.name}")
+    rows: list[dict[str, Any]] = [row for row in read_results(folder) if row["weights"] != TWIN]
+    write_results(folder, [*rows, {"weights": TWIN, **measure()}])
+    write_atomically(folder / CARD, card(folder))
+
+
+def _portable(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings without what holds for one machine; of a file outside the working directory only the name."""
+    kept = {key: value for key, value in settings.items() if key not in _OF_THE_MACHINE}
+    return kept | {key: Path(kept[key]).name for key in _STARTED_FROM if Path(kept.get(key) or "").is_absolute()}
+
+
+def _save(model: nn.Module, run: Run, folder: Path, licence: str, labels: list[str], about: dict[str, Any]) -> None:
+    """Weights and config.json, in which what stock timm has no word for stands below the key `sugar`."""
+    origin = {"tag": folder.name.partition(".")[2], "license": licence, "paper_ids": "arXiv:2505.22074"}
+    nothing = dict.fromkeys(("description", "origin_url", "paper_name", "notes"))  # of the base's own weights
+    save_for_hf(
+        model,
+        str(folder),
+        model_config={
+            "label_names": labels,
+            "label_descriptions": describe_labels(labels),
+            "pretrained_cfg": nothing | origin,
+            "sugar": {"model_args": run.model_args, **about},
+        },
+        data_config=resolve_data_config(run.published, model=model),
+        safe_serialization=True,
+    )
+
+
+def describe_labels(labels: list[str]) -> dict[str, str] | None:
+    """What WordNet ids (n01443537) stand for, by timm's lists of ImageNet; None if the labels are something else."""
+    known = ImageNetInfo("imagenet-1k")
+    if not set(labels) <= set(known.label_names()):
+        return None
+    return {label: known.label_name_to_description(label) for label in labels}
+
+
+def statistics(folder: Path) -> dict[str, int]:
+    """Parameters, and multiply-accumulate operations (of convolutions and matrix products) for one image."""
+    model: Any = create_model(f"local-dir:{folder}", pretrained=True).eval()
+    with FlopCounterMode(display=False) as flops, torch.inference_mode():
+        model(torch.randn(1, *model.pretrained_cfg["input_size"]))
+    return {"params": sum(p.numel() for p in model.parameters()), "macs": flops.get_total_flops() // 2}
+
+
+def write_results(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Measurements as CSV, those of the folder's own weights first."""
+    write_rows(folder / RESULTS, [{key: row.get(key, "") for key in _COLUMNS} for row in rows], _COLUMNS)

@@ -1,0 +1,1 @@
+"""Training and evaluating a model: options, data, loading, the folder of a run."""

@@ -1,0 +1,135 @@
+"""timm's data sets, opened so that bad data is named instead of trained on."""
+
+from __future__ import annotations
+
+import logging
+import random
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from timm.data import ImageDataset, create_dataset
+from torch.utils.data import Dataset, IterableDataset
+
+from lab.cli import UserError
+
+_logger = logging.getLogger(__name__)
+# Folder names that timm takes for each other when it looks for a split.
+_SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"), ("test",))
+
+
+class DataError(UserError):
+    """Data that can't be used as it is; the message is one line that says what is wrong and what to do."""
+
+
+def open_dataset(name: str, root: str | None, split: str, *, skip_broken: bool = False, **options: Any) -> Dataset:
+    """`timm.data.create_dataset(name, root, split, **options)`, checked.
+
+    Raises DataError for a folder that is missing, empty, has no such split or no class folders, and, when the image is
+    read, for one that can't be decoded; with `skip_broken` the next readable image takes its place, as in timm.
+    """
+    if "/" not in name:
+        _check_folder(root, split)
+    try:
+        dataset = create_dataset(name, root=root, split=split, **options)
+    except (RuntimeError, AssertionError, OSError, ValueError, KeyError, ImportError) as error:
+        raise DataError(f"can't open data set {name or root} ({split}): {' '.join(str(error).split())}") from error
+    if "" in (class_to_idx(dataset) or {}):
+        raise DataError(f"images of split {split} lie directly in {root}: put each class into a folder of its own")
+    return _CheckedImages(dataset, skip_broken) if isinstance(dataset, ImageDataset) else dataset
+
+
+def class_to_idx(dataset: Any) -> dict[str, int] | None:
+    """Class names and their indices, None if the data set doesn't tell."""
+    return getattr(getattr(dataset, "reader", dataset), "class_to_idx", None)
+
+
+def check_classes(train: Any, validation: Any, num_classes: int) -> None:
+    """Raises DataError if two splits don't have the same classes or a model has too few outputs for them."""
+    classes, other = class_to_idx(train), class_to_idx(validation)
+    for names, rest, split in ((classes, other, "validation"), (other, classes, "training")):
+        missing = sorted(map(str, set(names or ()) - set(rest or ()))) if names and rest else []
+        if missing:
+            listed = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
+            raise DataError(f"{len(missing)} of {len(names or ())} classes are missing in the {split} split: {listed}")
+    count = max((classes or other or {"": 0}).values()) + 1
+    if count > num_classes:
+        raise DataError(f"the data has {count} classes but the model has {num_classes} outputs: --num-classes {count}")
+
+
+def split_folder(root: Path, split: str) -> Path:
+    """The folder below `root` that timm reads for a split; `root` itself if it isn't divided into splits."""
+    split = split.split("[")[0]
+    for name in (split, *next((group for group in _SYNONYMS if split in group), ())):
+        if (root / name).exists():
+            return root / name
+    return root
+
+
+def _check_folder(root: str | None, split: str) -> None:
+    if not root:
+        raise DataError("no data: name a folder with --data-dir or a data set with --dataset")
+    path = Path(root)
+    if not path.exists():
+        raise DataError(f"data folder {root} does not exist")
+    if path.is_dir() and split_folder(path, split) == path:
+        others = sorted(p.name for p in path.iterdir() if any(p.name in group for group in _SYNONYMS))
+        if others:
+            raise DataError(f"data folder {root} has no split {split!r} (it has: {', '.join(others)})")
+    if path.is_dir() and not any(split_folder(path, split).rglob("*.*")):
+        raise DataError(f"data folder {split_folder(path, split)} is empty")
+
+
+class RandomPart(Dataset):
+    """`count` examples of a data set (or all, if it has fewer), drawn with the seed, in their order.
+
+    A loader may set `transform`, which is that of the data set. Raises DataError for a data set that is a stream.
+    """
+
+    def __init__(self, dataset: Any, count: int, seed: int = 0) -> None:
+        if isinstance(dataset, IterableDataset):
+            raise DataError("this data set is a stream, of which no random part can be taken: use all of it")
+        self.dataset = dataset
+        self.indices = sorted(random.Random(seed).sample(range(len(dataset)), min(count, len(dataset))))
+
+    @property
+    def transform(self) -> Any:
+        return self.dataset.transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:
+        self.dataset.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[self.indices[index]]
+
+
+class _CheckedImages(Dataset):
+    """timm's ImageDataset, except that an unreadable image doesn't become its neighbour in silence."""
+
+    def __init__(self, dataset: ImageDataset, skip_broken: bool) -> None:
+        self.reader, self.mode, self.skip_broken = dataset.reader, dataset.input_img_mode, skip_broken
+        self.transform = dataset.transform  # set by create_loader
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        for shift in range(len(self)):
+            i = (index + shift) % len(self)
+            try:
+                stream, target, *_ = self.reader[i]
+                with closing(stream):
+                    image = Image.open(stream).convert(self.mode)
+            except (OSError, SyntaxError, ValueError) as error:  # PIL raises all three for broken files
+                name = self.reader.filename(i, absolute=True)
+                if not self.skip_broken:
+                    raise DataError(f"can't read image {name} ({error}); remove it or --skip-broken-images") from error
+                _logger.warning("skipped image %s (%s)", name, error)
+            else:
+                return self.transform(image), target
+        raise DataError("no image of the data set can be read")

@@ -1,0 +1,182 @@
+"""The model and the labelled images that a command line names: what evaluation, diagnosis and landscapes share."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import yaml
+from timm.data import create_loader, resolve_data_config
+from timm.models import clean_state_dict, create_model, resolve_model_input_args
+from torch import nn
+
+from lab.cli import KeyValues, UserError, choose_device, explained, import_modules
+from lab.training.data import RandomPart, check_classes, open_dataset
+from lab.training.runs import load_file
+
+# What a training run says about its model and data, and its user needs to know.
+_INHERITED = (
+    *("model", "model_kwargs", "num_classes", "gp", "in_chans", "input_size", "img_size", "crop_pct", "mean", "std"),
+    *("interpolation", "data_dir", "dataset", "val_split", "class_map", "input_key", "target_key", "device_modules"),
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The options that name model and data; names and meanings are those of timm's validate script."""
+    add = parser.add_argument
+    add(
+        "--model",
+        "-m",
+        metavar="NAME",
+        help="model, with a tag for its published weights; hf-hub:... and local-dir:... too",
+    )
+    add(
+        "--checkpoint",
+        metavar="PATH",
+        help="a checkpoint, a run's folder (its best checkpoint), or a folder with config.json",
+    )
+    add("--no-ema", action="store_true", help="not the moving average, where a checkpoint has one (timm: --use-ema)")
+    add("--model-kwargs", nargs="*", action=KeyValues, metavar="K=V", help="e.g. patch_size=2")
+    add("--data-dir", metavar="DIR", help="data folder")
+    add("--dataset", metavar="NAME", help="type/name: torch/cifar10, hfds/..., wds/... (default: folder)")
+    add("--split", dest="val_split", metavar="NAME", help="(default: validation)")
+    add("--dataset-download", action="store_true")
+    add("--class-map", metavar="FILE")
+    add("--input-key", metavar="KEY")
+    add("--target-key", metavar="KEY")
+    add("--skip-broken-images", action="store_true", help="take the next image for one that can't be read")
+    add("--num-classes", type=int, metavar="N")
+    add("--gp", metavar="POOL", help="global pooling")
+    add("--img-size", type=int, metavar="N")
+    add("--in-chans", type=int, metavar="N")
+    add("--input-size", type=int, nargs=3, metavar="N")
+    add("--crop-pct", type=float, metavar="X")
+    add("--mean", type=float, nargs="+", metavar="X")
+    add("--std", type=float, nargs="+", metavar="X")
+    add("--interpolation", metavar="NAME")
+    add("-b", "--batch-size", type=int, default=256, metavar="N", help="(default: %(default)s)")
+    add("-j", "--workers", type=int, default=4, metavar="N", help="loader processes (default: %(default)s)")
+    add("--device", metavar="NAME", help="(default: the first of cuda, mps, cpu)")
+    add("--device-modules", nargs="+", metavar="MODULE", help="modules to import first (default: those of the run)")
+
+
+def add_compare(parser: argparse.ArgumentParser, images: int | None) -> None:
+    """The options that name two models at once, and how many images, for `each_model`."""
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        metavar="PATH",
+        help="two checkpoints or folders, instead of --model and --checkpoint",
+    )
+    default = f"default: {images}" if images else "default: all"
+    parser.add_argument("--images", type=int, default=images, metavar="N", help=f"a random part ({default})")
+
+
+def find_file(path: Path) -> Path:
+    """The checkpoint file that a path stands for: itself, or the best or else the last one of a run's folder."""
+    if not path.exists():
+        raise UserError(f"--checkpoint {path}: no such file or folder")
+    if path.is_file():
+        return path
+    for name in ("model_best.pth.tar", "last.pth.tar"):
+        if (path / name).exists():
+            return path / name
+    raise UserError(f"--checkpoint {path}: neither a run's folder (no last.pth.tar) nor a model's (no config.json)")
+
+
+def load_weights(path: Path, ema: bool) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """State dict, which weights these are, and the options of the training run as far as they are known."""
+    with explained(f"{path} is not a whole checkpoint"):
+        state: Any = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else load_file(path)
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint")
+    settings = dict(vars(state["args"])) if isinstance(state.get("args"), argparse.Namespace) else {}
+    if not settings and (path.parent / "args.yaml").exists():
+        with explained(f"can't read {path.parent / 'args.yaml'}"):
+            settings = yaml.safe_load((path.parent / "args.yaml").read_text())
+    if ema and state.get("state_dict_ema") is not None:
+        return state["state_dict_ema"], f"{path} (EMA)", settings
+    return state.get("state_dict", state), str(path), settings
+
+
+def load_model(args: argparse.Namespace) -> tuple[nn.Module, str]:
+    """The model with its weights, and a description of these; options that a checkpoint knows go into `args`.
+
+    Raises UserError if there is no such model or checkpoint, or they don't fit each other.
+    """
+    weights = None
+    if args.checkpoint and (Path(args.checkpoint) / "config.json").exists():
+        args.model = f"local-dir:{args.checkpoint}"
+    elif args.checkpoint:
+        weights, source, settings = load_weights(find_file(Path(args.checkpoint)), not args.no_ema)
+        for name in _INHERITED:
+            if getattr(args, name) in (None, "") and settings.get(name) not in (None, "", {}):
+                setattr(args, name, settings[name])
+    if not args.model:
+        raise UserError("which model? Give --model NAME, or --checkpoint with a file or folder of scripts/train.py")
+    import_modules(args.device_modules)
+    options = {"num_classes": args.num_classes, "global_pool": args.gp, **(args.model_kwargs or {})}
+    with explained(f"can't create model {args.model}"):
+        kwargs = resolve_model_input_args(args.model, vars(args), **options)
+        model = create_model(pretrained=weights is None, **kwargs)
+    if weights is None:
+        return model, f"published weights of {args.model}"
+    with explained(f"{source} doesn't fit model {args.model}"):
+        model.load_state_dict(clean_state_dict(weights))
+    return model, source
+
+
+def open_loader(
+    args: argparse.Namespace, model: Any, device: torch.device, images: int | None = None
+) -> tuple[Any, dict[str, Any]]:
+    """A loader of the images, preprocessed as the model needs them, and that preprocessing.
+
+    `images` asks for a random part of so many, always the same. Raises DataError.
+    """
+    config = resolve_data_config(vars(args), model=model, use_test_size=not args.checkpoint)
+    dataset: Any = open_dataset(
+        args.dataset or "",
+        args.data_dir,
+        args.val_split or "validation",
+        skip_broken=args.skip_broken_images,
+        download=args.dataset_download,
+        class_map=args.class_map,
+        input_key=args.input_key,
+        target_key=args.target_key,
+        input_img_mode="RGB" if config["input_size"][0] == 3 else "L",
+    )
+    check_classes(dataset, dataset, model.num_classes)
+    if images:
+        dataset = RandomPart(dataset, images)
+    names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    preprocessing = {name: config[name] for name in names}
+    workers = {"batch_size": args.batch_size, "num_workers": args.workers}
+    return create_loader(dataset, device=device, **workers, **preprocessing), config
+
+
+def each_model(args: argparse.Namespace) -> Iterator[tuple[str, nn.Module, Any]]:
+    """Name, model on its device, and loader for each model that the options name; prints which it is.
+
+    Raises UserError as `load_model` and `open_loader` do, and for options that contradict each other.
+    """
+    if args.images is not None and args.images < 1:
+        raise UserError(f"--images must be at least 1, not {args.images}")
+    if args.compare and (args.model or args.checkpoint):
+        raise UserError("--compare names the models: leave out --model and --checkpoint")
+    device = torch.device(choose_device(args.device))
+    names: set[str] = set()
+    for path in args.compare or [args.checkpoint]:
+        one = copy.copy(args)
+        one.checkpoint = path
+        model, source = load_model(one)
+        loader, config = open_loader(one, model, device, args.images)
+        print(f"{one.model}: {source}, {config['input_size'][-1]} pixels, {device}", flush=True)
+        name = Path(path).resolve().name if path else one.model
+        name = str(path) if name in names else name
+        names.add(name)
+        yield name, model.to(device), loader

@@ -1,0 +1,94 @@
+"""The folder of a training run, named and laid out as by timm: args.yaml, summary.csv, checkpoints; and curves.png."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lab.cli import UserError, explained
+from lab.files import read_rows, save_figure, write_atomically
+
+if TYPE_CHECKING:
+    pass
+
+START = "start.csv"  # one row as of summary.csv, on the weights before training
+_LAST, _PARTIAL = "last.pth.tar", "tmp.pth.tar"  # as timm's CheckpointSaver names them
+
+
+def find_checkpoint(resume: Path | None) -> Path | None:
+    """The newest whole checkpoint of a run folder (or the file itself); None if the run was killed before its first."""
+    if resume is None or resume.is_file() or (resume / _LAST).exists():
+        return resume / _LAST if resume and resume.is_dir() else resume
+    # A kill between removing the old last.pth.tar and renaming the new one into place.
+    epochs = sorted(resume.glob("checkpoint-*.pth.tar"), key=lambda p: int(p.name[11:-8]), reverse=True)
+    for path in (resume / _PARTIAL, *epochs):
+        try:
+            read_checkpoint(path, None)
+        except UserError:
+            continue
+        return path
+    return None
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether the last save was not cut short: the curves are drawn after the checkpoints are in place."""
+    last, curves = folder / _LAST, folder / "curves.png"
+    return last.exists() and curves.exists() and curves.stat().st_mtime_ns >= last.stat().st_mtime_ns
+
+
+def load_file(path: Path) -> Any:
+    """What torch.save wrote, on the CPU; nothing in it is executed, but timm's options (a Namespace) are allowed."""
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def read_checkpoint(path: Path, model: str | None) -> dict[str, Any]:
+    """A training checkpoint on the CPU. Raises UserError if it is damaged, something else, or of another model."""
+    with explained(f"{path} is not a whole checkpoint"):
+        state = load_file(path)
+    if not isinstance(state, dict) or not {"state_dict", "optimizer", "epoch"} <= state.keys():
+        raise UserError(f"{path} is not a training checkpoint (no optimizer state); use it as --initial-checkpoint")
+    if model and str(state.get("arch", model)).split(".")[0] != model.split(".")[0]:
+        raise UserError(f"{path} is a checkpoint of {state['arch']}, not of {model}")
+    return state
+
+
+def read_summary(folder: Path, epochs: int) -> list[dict[str, Any]]:
+    """The rows of summary.csv of the first `epochs` epochs, none if there is no such file."""
+    return [row for row in read_rows(folder / "summary.csv") if int(row["epoch"]) < epochs]
+
+
+def write_summary(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """All rows as summary.csv, the columns being those of the last row."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[-1]), extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(folder / "summary.csv", text.getvalue())
+
+
+def plot_curves(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """Loss, accuracy and activity over the epochs, as curves.png."""
+    if not rows:
+        return
+    from matplotlib.figure import Figure  # here, since it takes long to import and only training draws
+
+    figure = Figure(figsize=(12, 3.4), layout="constrained")
+    panels = {
+        "loss": ("train_loss", "eval_loss"),
+        "accuracy (%)": ("eval_top1", "eval_top5"),
+        "hidden activations (share)": ("eval_dead_units", "eval_sparsity"),
+    }
+    for axes, (title, keys) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+        for key in keys:
+            if key in rows[-1]:
+                points = [(int(row["epoch"]), float(row[key])) for row in rows if row.get(key, "") != ""]
+                axes.plot(*zip(*points, strict=True), ".-", label=key.removeprefix("eval_"))
+                axes.legend()
+        axes.set(title=title, xlabel="epoch")
+    save_figure(figure, folder / "curves.png")

@@ -1,0 +1,88 @@
+"""`scripts/diagnose.py`: its numbers are those of `diagnose()` on the same images, for one model and for two."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from lab.training.runs import load_file
+from PIL import Image
+from scripting import CLASSES, error_line, load_script
+from staging import train
+from timm.data import create_transform
+
+import timm_sugar
+
+script = load_script("diagnose")
+FAST = ["-j", "0", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    train(root, "test_resnet_sugar")
+    train(root, "test_resnet")
+    return root
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_numbers_are_those_of_diagnose(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--checkpoint", str(runs / "test_resnet_sugar"), "--output", str(tmp_path), "--tau", "0.3"]
+    assert script.main([*argv, *FAST, "-b", "5"]) == 0
+    model = timm.create_model("test_resnet_sugar", num_classes=3)
+    model.load_state_dict(load_file(runs / "test_resnet_sugar" / "model_best.pth.tar")["state_dict"])
+    config = model.pretrained_cfg
+    transform = create_transform(
+        (3, 32, 32),
+        **{key: config[key] for key in ("interpolation", "mean", "std", "crop_pct")},
+    )
+    batches = []
+    for target, name in enumerate(CLASSES):
+        for path in (runs / "data" / "validation" / name).iterdir():
+            with Image.open(path) as image:
+                batches.append((transform(image)[None], torch.tensor([target])))
+    expected = timm_sugar.diagnose(model, batches, tau=0.3).rows()
+    rows = table(tmp_path / "activations.csv")
+    assert [row["layer"] for row in rows] == [row["layer"] for row in expected]
+    for row, other in zip(rows, expected, strict=True):
+        assert row["model"] == "test_resnet_sugar"
+        for key in ("units", "dead", "dormant", "zeros", "gradient", "mean", "spread"):
+            assert float(row[key]) == pytest.approx(other[key], rel=1e-4, abs=1e-5, nan_ok=True), (row, key)
+    with Image.open(tmp_path / "activations.png") as picture:
+        assert picture.width > 1000
+    assert "total" in capsys.readouterr().out
+
+
+def test_two_models_stand_in_one_table(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--compare", str(runs / "test_resnet_sugar"), str(runs / "test_resnet"), "--output", str(tmp_path / "out")]
+    assert script.main([*argv, *FAST, "--images", "5", "-b", "4"]) == 0
+    rows = table(tmp_path / "out" / "activations.csv")
+    names = [row["model"] for row in rows]
+    assert names == sorted(names, reverse=True)
+    assert set(names) == {"test_resnet_sugar", "test_resnet"}
+    assert capsys.readouterr().out.count("total") == 2
+    same = ["--compare", str(runs / "test_resnet"), str(runs / "test_resnet" / "last.pth.tar")]
+    assert script.main([*same, *FAST, "--images", "1", "--output", str(tmp_path / "same")]) == 0
+    assert len({row["model"] for row in table(tmp_path / "same" / "activations.csv")}) == 2
+
+
+def test_mistakes_are_one_line(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one = ["--checkpoint", str(runs / "test_resnet"), *FAST, "--output", str(tmp_path / "out")]
+    for argv, message in (
+        ([*one, "--tau", "-1"], "tau must be 0 or more"),
+        ([*one, "--images", "0"], "--images must be at least 1"),
+        ([*one, "--compare", "a", "b"], "leave out"),
+        (["--compare", str(runs / "test_resnet"), str(tmp_path / "none"), *FAST], "no such file"),
+        (FAST, "which model"),
+    ):
+        assert message in error_line(script.main, argv, capsys)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").write_text("")
+    assert "can't write" in error_line(script.main, [*one[:-1], str(tmp_path / "file")], capsys)

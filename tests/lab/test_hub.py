@@ -1,0 +1,269 @@
+"""Checking and pushing a model's folder, over real HTTP to a double of the Hub."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import HfApi
+from lab.cli import UserError
+from lab.release.hub import changes, check, check_token, push
+from lab.release.stage import FILES
+from loopback_hub import READ, WRITE, LoopbackHub
+from safetensors.torch import load_file, save_file
+from staging import make_folder, refresh, train
+
+from timm_sugar.models._weights import describe
+from timm_sugar.version import __version__
+
+# huggingface_hub 2.4 uploads large files in a way that its own HTTP library finds old-fashioned.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+NAME = "test_resnet_sugar.bsilu_x"
+REPO = f"org/{NAME}"
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("hub")
+    return make_folder(train(root, "test_resnet_sugar"), root / "models" / NAME)
+
+
+@pytest.fixture
+def folder(original: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(original, tmp_path / NAME)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)  # between its retries
+    monkeypatch.setattr("huggingface_hub.utils._http.logger.warning", lambda *_: None)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_TOKEN_PATH", "none")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with LoopbackHub() as server:
+        yield server
+
+
+def client(hub: LoopbackHub, token: str | None = WRITE) -> HfApi:
+    return HfApi(endpoint=hub.url, token=token)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# ---- what is refused
+
+
+def test_staged_folder_passes(folder: Path) -> None:
+    check(folder)
+
+
+def edit_config(folder: Path, change: Callable[[dict], object]) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    change(config)
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    refresh(folder)
+
+
+def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    refresh(folder)
+
+
+REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a pickle": (lambda f: torch.save({}, f / "pytorch_model.bin"), "pickled code"),
+    "a pickle below": (lambda f: ((f / "a").mkdir(), torch.save({}, f / "a" / "x.pth")), "pickled code"),
+    "an unknown file": (lambda f: (f / "notes.txt").write_text(""), "doesn't belong"),
+    "no recipe": (lambda f: (f / "train_args.yaml").unlink(), "has no train_args.yaml"),
+    "no card": (lambda f: (f / "README.md").unlink(), "has no README.md"),
+    "an edited card": (lambda f: (f / "README.md").write_text("# mine"), "out of date"),
+    "newer numbers": (
+        lambda f: (f / "results.csv").write_text((f / "results.csv").read_text().replace("90.0", "91.0")),
+        "out of date",
+    ),
+    "a torn config": (lambda f: (f / "config.json").write_text("{"), "not the config of a model"),
+    "no licence": (lambda f: edit_config(f, lambda c: c["pretrained_cfg"].update(license=None)), "names no licence"),
+    "another tag": (lambda f: edit_config(f, lambda c: c["pretrained_cfg"].update(tag="a1_in1k")), "tag is 'a1_in1k'"),
+    "fewer labels": (lambda f: edit_config(f, lambda c: c["label_names"].pop()), "label_names is 2"),
+    "other classes": (lambda f: edit_config(f, lambda c: c.update(num_classes=5)), "num_classes is 5"),
+    "another network": (
+        lambda f: edit_config(f, lambda c: c.update(architecture="test_resnet", model_args={"act_layer": "gelu"})),
+        "outputs differ",
+    ),
+    "a missing weight": (lambda f: edit_weights(f, lambda w: w.pop("fc.bias")), "doesn't load into test_resnet_sugar"),
+    "a weight of another shape": (
+        lambda f: edit_weights(f, lambda w: w.update({"fc.bias": torch.ones(7)})),
+        "doesn't load",
+    ),
+    "NaN": (lambda f: edit_weights(f, lambda w: w["fc.bias"].fill_(torch.nan)), "NaN or infinite"),
+    "infinity": (lambda f: edit_weights(f, lambda w: w["fc.bias"].fill_(-torch.inf)), "NaN or infinite"),
+    "torn weights": (
+        lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
+        "not a whole safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_folder_is_refused_with_one_line(what: str, folder: Path) -> None:
+    change, message = REFUSED[what]
+    change(folder)
+    with pytest.raises(UserError, match=message) as caught:
+        check(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_model_of_the_project_is_refused_if_its_tag_says_something_else(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lab.release.hub.MODEL_CARDS", folder.parent)
+    monkeypatch.setattr("lab.release.hub.WEIGHTS_FILE", tmp_path / "weights.json")
+    tag = describe(json.loads((folder / "config.json").read_text()), folder / "model.safetensors")
+    (tmp_path / "weights.json").write_text(json.dumps({NAME: tag}))
+    check(folder)
+    tag["pretrained_cfg"]["mean"] = [0.0, 0.0, 0.0]
+    for tags in ({NAME: tag}, {}):
+        (tmp_path / "weights.json").write_text(json.dumps(tags))
+        with pytest.raises(UserError, match="disagrees with"):
+            check(folder)
+
+
+# ---- the token
+
+
+@pytest.mark.parametrize(
+    ("token", "message"), [(None, "no token: run `hf auth login`"), ("hf_wrong", "token"), (READ, "can only read")]
+)
+def test_token_that_cannot_write_is_one_line(token: str | None, message: str, hub: LoopbackHub) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        check_token(client(hub, token), "org")
+    assert "\n" not in str(caught.value)
+    assert "hf_" not in str(caught.value)
+
+
+def test_token_that_can_write_is_accepted(hub: LoopbackHub) -> None:
+    check_token(client(hub), "org")
+
+
+# ---- pushing
+
+
+def test_push_makes_one_public_commit_tagged_with_the_version(folder: Path, hub: LoopbackHub) -> None:
+    push(client(hub), REPO, folder, private=False)
+    repo = hub.repos[REPO]
+    assert {k: v for k, v in repo.files.items() if k != ".gitattributes"} == contents(folder)
+    assert len(repo.commits) == 2  # the Hub's own first commit, and ours
+    assert repo.tags == {f"v{__version__}": list(repo.commits)[-1]}
+    assert not repo.private
+    assert any(request.startswith("PUT /lfs/") for request in hub.requests)
+
+
+def test_second_push_changes_nothing_and_writes_nothing(folder: Path, hub: LoopbackHub) -> None:
+    push(client(hub), REPO, folder, private=False)
+    before = len(hub.requests)
+    assert push(client(hub), REPO, folder, private=False) == []
+    assert {request.split()[0] for request in hub.requests[before:]} == {"GET"}
+    assert len(hub.repos[REPO].commits) == 2
+
+
+@pytest.mark.parametrize("fault", ["alive_for", "refuse", "lose"])
+def test_cut_off_at_any_request_nothing_half_is_visible_and_the_next_push_completes(
+    fault: str, folder: Path, hub: LoopbackHub
+) -> None:
+    push(client(hub), REPO, folder, private=False)
+    requests, whole = len(hub.requests), contents(folder)
+    for n in range(requests):
+        hub.repos.clear()
+        hub.blobs.clear()
+        setattr(hub, fault, n if fault == "alive_for" else n + 1)
+        refused = pytest.raises(UserError, match=r"run the same command again|Invalid metadata")
+        # huggingface_hub repeats some requests by itself
+        with contextlib.suppress(UserError) if fault == "lose" else refused:
+            push(client(hub), REPO, folder, private=False)
+        for repo in hub.visible().values():
+            assert {k: v for k, v in repo.files.items() if k != ".gitattributes"} == whole
+            assert repo.tags
+        setattr(hub, fault, None)
+        push(client(hub), REPO, folder, private=False)
+        repo = hub.repos[REPO]
+        assert {k: v for k, v in repo.files.items() if k != ".gitattributes"} == whole
+        assert (len(repo.commits), list(repo.tags), repo.private) == (2, [f"v{__version__}"], False)
+    assert requests > 10
+
+
+def test_update_cut_off_at_any_request_leaves_the_old_or_the_new_model(
+    folder: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(client(hub), REPO, folder, private=False)
+    old, repo = dict(hub.repos[REPO].files), hub.repos[REPO]
+    edit_weights(folder, lambda w: w["fc.bias"].add_(1))
+    monkeypatch.setattr("lab.release.hub.__version__", "9.9.9")
+    start = len(hub.requests)
+    push(client(hub), REPO, folder, private=False)
+    requests, new = len(hub.requests) - start, contents(folder)
+    assert len(repo.commits) == 3
+    for n in range(requests):
+        hub.repos[REPO] = repo = type(repo)(False, {"0": dict(old)}, {f"v{__version__}": "0"})
+        hub.blobs.clear()
+        hub.alive_for = n
+        with pytest.raises(UserError):
+            push(client(hub), REPO, folder, private=False)
+        hub.alive_for = None
+        seen = {k: v for k, v in repo.files.items() if k != ".gitattributes"}
+        assert seen in ({k: old[k] for k in FILES}, new)
+        push(client(hub), REPO, folder, private=False)
+        assert {k: v for k, v in repo.files.items() if k != ".gitattributes"} == new
+        assert len(repo.commits) == 2
+
+
+def test_files_that_are_gone_are_deleted_in_the_same_commit(folder: Path, hub: LoopbackHub) -> None:
+    api = client(hub)
+    api.create_repo(REPO)
+    hub.repos[REPO].commit({"pytorch_model.bin": b"old", ".gitattributes": b""})
+    assert "delete pytorch_model.bin" in changes(api, REPO, folder)
+    push(api, REPO, folder, private=False)
+    assert sorted(hub.repos[REPO].files) == sorted([".gitattributes", *FILES])
+    assert len(hub.repos[REPO].commits) == 3
+
+
+def test_other_files_under_a_version_that_is_out_are_refused(folder: Path, hub: LoopbackHub) -> None:
+    push(client(hub), REPO, folder, private=False)
+    edit_weights(folder, lambda w: w["fc.bias"].add_(1))
+    with pytest.raises(UserError, match="raise the version"):
+        push(client(hub), REPO, folder, private=False)
+    assert len(hub.repos[REPO].commits) == 2
+
+
+def test_private_repository_stays_private_and_can_be_opened_later(folder: Path, hub: LoopbackHub) -> None:
+    push(client(hub), REPO, folder, private=True)
+    assert hub.repos[REPO].private
+    assert not hub.visible()
+    assert push(client(hub), REPO, folder, private=False) == ["make public"]
+    assert hub.visible()
+
+
+def test_changes_says_what_a_push_would_do_and_does_nothing(folder: Path, hub: LoopbackHub) -> None:
+    api = client(hub)
+    assert changes(api, REPO, folder) == [f"create {REPO}", *(f"add {name}" for name in FILES)]
+    assert not hub.repos
+    push(api, REPO, folder, private=False)
+    assert changes(api, REPO, folder) == []
+    edit_weights(folder, lambda w: w["fc.bias"].add_(1))
+    assert changes(api, REPO, folder) == ["change model.safetensors"]
+    assert {request.split()[0] for request in hub.requests[-1:]} == {"GET"}
+
+
+def test_read_only_token_is_one_line_and_leaves_nothing(folder: Path, hub: LoopbackHub) -> None:
+    with pytest.raises(UserError, match="may not write there") as caught:
+        push(client(hub, READ), REPO, folder, private=False)
+    assert READ not in str(caught.value)
+    assert not hub.repos

@@ -1,0 +1,192 @@
+"""`scripts/publish.py` as a user runs it: from a run to a repository, and the code on the card."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from lab.release.stage import FILES
+from loopback_hub import READ, WRITE, LoopbackHub, Repo
+from PIL import Image
+from scripting import SCRIPTS, error_line, load_script
+from staging import train
+
+from timm_sugar.models._weights import MODEL_CARDS
+from timm_sugar.version import __version__
+
+publish = load_script("publish")
+NAME = "test_resnet_sugar.bsilu_x"
+PUBLISHED = sorted(path.parent for path in MODEL_CARDS.glob("*/config.json"))
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a finished run, its twin, another run that is none, and the first one staged in models/."""
+    root = tmp_path_factory.mktemp("publish")
+    run, twin = train(root, "test_resnet_sugar"), train(root, "test_resnet", "--model-kwargs")
+    train(root, "resnet10t", "--lr", "0.2")
+    argv = ["stage", str(run), "--tag", "bsilu_x", "--dataset", "toys", "--models", str(root / "models"), "--org", "me"]
+    assert publish.main([*argv, "--note", "A note."]) == 0
+    for _ in range(2):  # the second time replaces the first
+        assert publish.main(["twin", NAME, str(twin), "--models", str(root / "models")]) == 0
+    return root
+
+
+@pytest.fixture
+def hub() -> Iterator[LoopbackHub]:
+    with LoopbackHub() as server:
+        yield server
+
+
+def push(hub: LoopbackHub, root: Path, *options: str, token: str | None = WRITE) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(SCRIPTS / "publish.py"), "push", "--models", str(root / "models"), *options]
+    environment = hub.environment(root / "home", token)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_staged_folder_has_what_was_measured_of_run_and_twin(root: Path) -> None:
+    folder = root / "models" / NAME
+    assert sorted(path.name for path in folder.iterdir()) == sorted(FILES)
+    with open(folder / "results.csv") as file:
+        table = list(csv.DictReader(file))
+    rows = {row["weights"]: row for row in table}
+    assert [row["weights"] for row in table] == ["float16", "float32", "ReLU twin"]
+    for row, run in (("float32", "test_resnet_sugar"), ("ReLU twin", "test_resnet")):
+        with open(root / run / "summary.csv") as file:
+            last = list(csv.DictReader(file))[-1]
+        for key in ("top1", "top5", "dead_units", "sparsity"):
+            assert float(rows[row][key]) == pytest.approx(float(last[f"eval_{key}"]), abs=1e-4), (row, key)
+    card = (folder / "README.md").read_text()
+    assert "A note." in card
+    assert 'create_model("hf-hub:me/' in card
+    assert f"evaluate.py --model hf-hub:me/{NAME} --data-dir" in card  # the name alone is not registered
+    assert "--config train_args.yaml" in card
+
+
+def test_model_and_twin_are_measured_at_the_size_that_stage_was_asked_for(root: Path, tmp_path: Path) -> None:
+    models, run, twin = tmp_path / "models", root / "test_resnet_sugar", root / "test_resnet"
+    argv = ["stage", str(run), "--tag", "bsilu_x", "--dataset", "toys", "--org", "me", "--img-size", "64"]
+    assert publish.main([*argv, "--models", str(models)]) == 0
+    assert publish.main(["twin", NAME, str(twin), "--models", str(models)]) == 0
+    folder = models / NAME
+    config, card = json.loads((folder / "config.json").read_text()), (folder / "README.md").read_text()
+    assert config["pretrained_cfg"]["input_size"] == [3, 64, 64]
+    assert "toys at 32 x 32 pixels" in card
+    assert "Images are 64 x 64 pixels here and were 32 x 32 in training" in card
+    assert "img_size: 32" in (folder / "train_args.yaml").read_text()
+    with open(folder / "results.csv") as file:
+        losses = {row["weights"]: float(row["loss"]) for row in csv.DictReader(file)}
+    evaluate, results = load_script("evaluate"), tmp_path / "results.json"
+    for name, checkpoint in (("float32", run), ("ReLU twin", twin)):
+        argv = ["--checkpoint", str(checkpoint / "last.pth.tar"), "--img-size", "64", "--device", "cpu", "-j", "0"]
+        assert evaluate.main([*argv, "--results-file", str(results), "--results-format", "json"]) == 0
+        assert json.loads(results.read_text())["loss"] == pytest.approx(losses[name], abs=1e-5)
+
+
+def test_evaluating_the_folder_gives_the_number_of_the_card_again(root: Path, tmp_path: Path) -> None:
+    evaluate = load_script("evaluate")
+    argv = ["--checkpoint", str(root / "models" / NAME), "--data-dir", str(root / "data"), "--device", "cpu", "-j", "0"]
+    assert evaluate.main([*argv, "--activations", "--results-file", str(tmp_path / "results.csv")]) == 0
+    with open(tmp_path / "results.csv") as file:
+        row = next(csv.DictReader(file))
+    card = (root / "models" / NAME / "README.md").read_text()
+    assert re.search(rf"\*\*this file .*\| {float(row['top1']):.2f} \| {float(row['top5']):.2f} \|", card)
+
+
+def test_push_twice_from_the_command_line(root: Path, hub: LoopbackHub) -> None:
+    dry = push(hub, root, "--org", "me", "--dry-run", token=None)
+    assert dry.returncode == 0, dry.stderr
+    assert f"create me/{NAME}" in dry.stdout
+    assert not hub.repos
+    first = push(hub, root, "--org", "me", "--private")
+    assert first.returncode == 0, first.stderr
+    assert hub.repos[f"me/{NAME}"].private
+    assert list(hub.repos[f"me/{NAME}"].tags) == [f"v{__version__}"]
+    second = push(hub, root, NAME, "--org", "me", "--private")
+    assert second.stdout == f"me/{NAME}: up to date\n"
+    assert WRITE not in first.stdout + first.stderr + second.stdout + second.stderr
+
+
+@pytest.mark.parametrize(("token", "message"), [(None, "no token: run `hf auth login`"), (READ, "can only read")])
+def test_push_without_a_token_that_may_write_is_one_line(
+    token: str | None, message: str, root: Path, hub: LoopbackHub
+) -> None:
+    done = push(hub, root, "--org", "me", token=token)
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert message in done.stderr
+    assert not hub.repos
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("push resnet18_sugar.x --models {root}/models", "no model resnet18_sugar.x in"),
+        ("push --models {root}/none", "no models in"),
+        ("cards --models {root}/none", "no models in"),
+        ("stage {root}/none --tag x --dataset d --models {root}/new", "is not a training run"),
+        ("stage {root}/test_resnet_sugar --tag bsilu_x --dataset d --models {root}/models", "exists"),
+        (f"twin {NAME} {{root}}/resnet10t --models {{root}}/models", "was trained with another lr"),
+        (f"twin {NAME} {{root}}/none --models {{root}}/models", "is not a training run"),
+        ("twin resnet18_sugar.x {root}/resnet10t --models {root}/models", "no model resnet18_sugar.x"),
+        (
+            "stage {root}/test_resnet_sugar --tag x --dataset d --models {root}/new --data-dir {root}/none",
+            "does not exist",
+        ),
+    ],
+)
+def test_mistakes_are_one_line_and_leave_nothing(
+    command: str, message: str, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in error_line(publish.main, [part.format(root=root) for part in command.split()], capsys)
+    assert not (root / "new").exists() or not list((root / "new").iterdir())
+
+
+def test_cards_are_written_again_and_other_files_are_left(root: Path) -> None:
+    folder = root / "models" / NAME
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "README.md").write_text("edited")
+    assert publish.main(["cards", "--models", str(root / "models")]) == 0
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+RUN_BLOCKS = """
+import json, pathlib, re, sys
+config = json.loads(pathlib.Path(sys.argv[1]).with_name("config.json").read_text())
+stock = not config["architecture"].endswith("_sugar")
+blocks = re.findall(r"```python\\n(.*?)```", open(sys.argv[1]).read(), flags=re.DOTALL)
+assert len(blocks) == 4
+for i, block in enumerate(blocks):
+    names = {}
+    exec(block, names)
+    assert ("timm_sugar" in sys.modules) == (i == 3 or not stock), block
+assert names["model"].num_classes == 5
+assert sum(p.grad.abs().sum() for p in names["model"].parameters()) > 0
+"""
+
+
+@pytest.mark.parametrize("folder", [None, *PUBLISHED], ids=lambda folder: folder.name if folder else "toy")
+def test_every_block_of_a_card_runs(folder: Path | None, root: Path, hub: LoopbackHub, tmp_path: Path) -> None:
+    """The first three blocks load a stock network where there is one, and then this package was never imported."""
+    repo = f"timm-sugar/{folder.name}" if folder else f"me/{NAME}"
+    folder = folder or root / "models" / NAME
+    hub.repos[repo] = Repo()
+    hub.repos[repo].commit({path.name: path.read_bytes() for path in folder.iterdir()})
+    Image.new("RGB", (80, 60), "orange").save(tmp_path / "image.jpg")
+    done = subprocess.run(
+        [sys.executable, "-c", RUN_BLOCKS, str(folder / "README.md")],
+        **{"env": hub.environment(tmp_path / "home"), "cwd": tmp_path, "capture_output": True, "text": True},
+        **{"timeout": 300, "check": False},
+    )
+    assert done.returncode == 0, done.stderr
+    config = json.loads((folder / "config.json").read_text())
+    labels = (config.get("label_descriptions") or dict.fromkeys(config["label_names"])).items()
+    shown = re.findall(r"^[\d.]+% (.+)$", done.stdout, flags=re.MULTILINE)
+    assert len(shown) == 3
+    assert set(shown) <= {description or label for label, description in labels}

@@ -1,0 +1,85 @@
+"""The table of recipes: made from committed numbers, and numbers only from finished runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from lab.release.stage import Run, add_twin
+from scripting import load_script
+from staging import MEASURED, VERSIONS, make_folder, train
+
+tables = load_script("tables")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The folder of a run of a recipe, two epochs long."""
+    folder = tmp_path / "resnet18_cifar10"
+    folder.mkdir()
+    args = tables.load_recipe(folder.name) | {"epochs": 2, "seed": 7, "device": "cpu", "batch_size": 64}
+    args |= {"amp": True, "model_kwargs": {"surrogate": "elu"}, "output": str(tmp_path)}
+    (folder / "args.yaml").write_text(yaml.safe_dump(args))
+    (folder / "summary.csv").write_text(
+        "epoch,train_loss,eval_loss,eval_top1,eval_top5,eval_dead_units,eval_sparsity,lr\n"
+        "0,2.0,2.0,30.0,80.0,0.5,0.25,0.1\n"
+        "1,1.0,1.0,61.234,95.678,0.125,0.5,0.1\n"
+    )
+    return folder
+
+
+def test_readme_shows_the_committed_results() -> None:
+    text = tables.README.read_text()
+    assert tables.with_tables(text, tables.load_results()) == text
+
+
+def test_a_row_has_the_last_epoch_and_the_command_that_repeats_it(run: Path) -> None:
+    row = tables.summarize(run, run.name)
+    whole = tables.load_recipe(run.name)["epochs"]
+    assert (row["epochs"], row["recipe_epochs"], row["seed"]) == (2, whole, 7)
+    assert (row["top1"], row["top5"], row["dead_units"], row["sparsity"]) == ("61.23", "95.68", "0.1250", "0.5000")
+    changes = "--epochs=2 --amp --batch-size=64 --model-kwargs surrogate=elu --seed=7 --data-dir DATA"
+    assert row["command"].endswith(f"resnet18_cifar10.yaml {changes}")
+    assert f"| 2 of {whole} | 61.23 | 12.50 | 50.00 |" in tables.table({"resnet18_cifar10": row})
+
+
+def test_an_unfinished_run_and_a_folder_of_another_name_are_refused(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tables, "RESULTS", run / "results.csv")
+    lines = (run / "summary.csv").read_text().splitlines()
+    (run / "summary.csv").write_text("\n".join(lines[:2]) + "\n")
+    for folder, message in ((run, "1 of 2 epochs are done"), (run.parent / "mine", "no recipe is named mine")):
+        with pytest.raises(SystemExit) as stop:
+            tables.main([str(folder)])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
+    assert not tables.RESULTS.exists()
+
+
+def test_models_stand_in_a_table_with_the_numbers_of_their_cards(tmp_path: Path) -> None:
+    assert tables.models_table(tmp_path) == "None yet."
+    folder = make_folder(train(tmp_path, "test_resnet_sugar"), tmp_path / "models" / "test_resnet_sugar.x")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"toys"', '"cifar10"'))
+    size = (folder / "model.safetensors").stat().st_size / 1e6
+    link = f"[`{folder.name}`](model_cards/{folder.name}/README.md)"
+    row = f"| {link} | CIFAR-10, 32 px | 90.00 | not run | 1.00 | 50.00 | {size:.1f} |"
+    assert tables.models_table(tmp_path / "models").splitlines()[2:] == [row]
+    add_twin(
+        folder, Run(train(tmp_path, "test_resnet", "--model-kwargs")), lambda: {**MEASURED, "top1": 12.3} | VERSIONS
+    )
+    assert "| 90.00 | 12.30 | 1.00 |" in tables.models_table(tmp_path / "models")
+
+
+def test_runs_that_chose_settings_stand_apart(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = tables.README.read_text()
+    trial = run.rename(run.parent / "trial")
+    for _ in range(2):  # the same run again is the same row
+        monkeypatch.setattr(tables, "SELECTION", trial / "selection.csv")
+        assert tables.main(["--selection", "resnet18_cifar10", str(trial)]) == 0
+        (row,) = tables.load_results(tables.SELECTION, "command").values()
+    assert (row["recipe"], row["top1"]) == ("resnet18_cifar10", "61.23")
+    assert row["command"].endswith("--data-dir HOLDOUT")
+    assert tables.README.read_text() == before

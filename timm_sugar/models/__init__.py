@@ -1,0 +1,5 @@
+"""The `_sugar` models in timm's registry. Importing this package registers them."""
+
+from timm_sugar.models.sugar import ALIASES, LEFT_OUT, SUFFIX, SUGAR_TAGS, is_left_out
+
+__all__ = ["ALIASES", "LEFT_OUT", "SUFFIX", "SUGAR_TAGS", "is_left_out"]

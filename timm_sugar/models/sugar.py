@@ -1,0 +1,119 @@
+"""A `<name>_sugar` entrypoint in timm's registry for every timm architecture, with its tags and a few short names.
+
+An entrypoint builds the base model with timm's own entrypoint, weights included, and replaces its activations. So every
+argument, feature extractor and method of the base works, and the names of the weights stay the same.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from timm.models import (
+    DefaultCfg,
+    PretrainedCfg,
+    get_arch_pretrained_cfgs,
+    list_models,
+    model_entrypoint,
+    register_model,
+    resolve_pretrained_cfg,
+)
+from torch import nn
+
+from timm_sugar.models import conv2next  # noqa: F401  registers what timm lacks
+from timm_sugar.models._weights import SugarTag, load_tags
+from timm_sugar.surgery import sugarize
+from timm_sugar.surrogate import parameter_names, resolve_parameters
+
+SUFFIX = "_sugar"
+
+# Short names, without the suffix: what users call the architecture.
+ALIASES = {"swin_tiny": "swin_tiny_patch4_window7_224"}
+
+EVONORM = "its activation is a part of EvoNorm and can't be exchanged by itself"
+TAPS = "its forward_intermediates() applies F.relu to the features it returns"
+
+# Architectures without a SUGAR variant (patterns of base names), and why: a name works whole or isn't registered.
+LEFT_OUT = {
+    "ese_vovnet39b_evos": EVONORM,
+    "regnetz_*_evos": EVONORM,
+    "resnetv2_50d_evos": EVONORM,
+    "test_efficientnet_evos": EVONORM,
+    "resnetv2_50d_frn": "its activation is the learned threshold (TLU) of filter response normalisation",
+    "mobilevitv2_*": "its linear attention calls F.relu inside a hand-written forward",
+    "legacy_xception": TAPS,
+    "nasnetalarge": TAPS,
+    "pnasnet5large": TAPS,
+}
+
+SUGAR_TAGS: dict[str, SugarTag] = load_tags()  # weights that were trained with SUGAR, by full name
+
+default_cfgs: dict[str, DefaultCfg] = {}  # where timm's register_model looks for the tags of this module's names
+
+
+def is_left_out(base: str) -> bool:
+    """Whether a timm architecture has no SUGAR variant; LEFT_OUT has the reason."""
+    return any(fnmatch.fnmatchcase(base, pattern) for pattern in LEFT_OUT)
+
+
+def _create_entrypoint(name: str, base: str) -> Callable[..., nn.Module]:
+    """The function that timm calls to build `name`: the base model, its hidden activations replaced by SUGAR."""
+
+    def create(
+        pretrained: bool = False,
+        pretrained_cfg: Any = None,
+        pretrained_cfg_overlay: dict[str, Any] | None = None,
+        surrogate: str | None = None,
+        **kwargs: Any,
+    ) -> nn.Module:
+        known = parameter_names()
+        cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
+        tag = None if cfg.source else SUGAR_TAGS.get(f"{name}.{cfg.tag}")
+        if tag:  # build what the weights were trained as, except for what the caller asks for
+            other = {"surrogate", *known} if surrogate else set()  # another surrogate has other parameters
+            kwargs = {key: value for key, value in tag.model_args.items() if key not in other} | kwargs
+        surrogate = kwargs.pop("surrogate", surrogate or "bsilu")
+        parameters = {key: kwargs.pop(key) for key in known & kwargs.keys()}
+        resolve_parameters(surrogate, parameters)  # complain before anything is built or downloaded
+        if pretrained and tag and (cfg.file, cfg.hf_hub_id) == (tag.cfg.file, tag.cfg.hf_hub_id):
+            cfg = replace(cfg, file=tag.fetch(kwargs.get("cache_dir")))
+        model = model_entrypoint(base)(pretrained=pretrained, pretrained_cfg=cfg, **kwargs)
+        trained_with = sorted(set(sugarize(model, surrogate, **parameters).values()) - {"ReLU", "relu"})
+        if pretrained and trained_with and not _is_trained_with_sugar(name, cfg):
+            warnings.warn(
+                f"{name}: the weights ({cfg.tag or 'untagged'}) were trained with {', '.join(trained_with)} where this "
+                "model has ReLU, so they are a starting point that needs fine-tuning. (Weights that were already "
+                "fine-tuned with SUGAR load without this warning through checkpoint_path=.)",
+                stacklevel=3,
+            )
+        return model
+
+    create.__name__ = create.__qualname__ = name
+    create.__doc__ = f"timm's {base} with SUGAR activations; takes `surrogate`, its parameters, and what {base} takes."
+    return create
+
+
+def _is_trained_with_sugar(name: str, cfg: PretrainedCfg) -> bool:
+    """Whether weights come from a saved SUGAR model (Hub, folder: its config names this architecture) or SUGAR_TAGS."""
+    return cfg.source in ("hf-hub", "local-dir") or f"{name}.{cfg.tag}" in SUGAR_TAGS
+
+
+def _tags(name: str, base: str) -> DefaultCfg:
+    """Every tag of the base, the default one first, then those of weights trained with SUGAR."""
+    cfgs = {full.partition(".")[2]: cfg for full, cfg in get_arch_pretrained_cfgs(base).items()}
+    cfgs |= {full.partition(".")[2]: tag.cfg for full, tag in SUGAR_TAGS.items() if full.partition(".")[0] == name}
+    return DefaultCfg(deque(cfgs), cfgs, is_pretrained=any(cfg.has_weights for cfg in cfgs.values()))
+
+
+def _register(name: str, base: str) -> None:
+    default_cfgs[name] = _tags(name, base)
+    globals()[name] = register_model(_create_entrypoint(name, base))
+
+
+_bases = [base for base in list_models() if not base.endswith(SUFFIX) and not is_left_out(base)]
+for _name, _base in [*zip(_bases, _bases, strict=True), *ALIASES.items()]:
+    _register(_name + SUFFIX, _base)
