@@ -38,7 +38,7 @@ from lab.bench.variants import ALTERNATIVES, INSTALLED, OWN, describe, make_acti
 from lab.bench.workloads import Workload, activation_pass, backward_loops
 from lab.cli import KeyValues, Parser, UserError, choose_device, explained
 
-from timm_sugar.surgery import is_activation
+from timm_sugar._places import is_activation
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 MODELS = ("resnet18", "convnext_tiny", "swin_tiny_patch4_window7_224")

@@ -32,7 +32,7 @@ from torch import nn
 from tqdm import tqdm
 
 import timm_sugar  # noqa: F401  registers the models
-from timm_sugar.diagnostics import watch
+from timm_sugar.diagnostics import track_activations
 
 
 def build_parser() -> Parser:
@@ -61,7 +61,7 @@ def evaluate(model: nn.Module, loader: Any, args: argparse.Namespace, device: to
     )
     evaluator = ClassificationEvaluator(device)
     start = time.perf_counter()
-    with watch(model) if args.activations else nullcontext() as activations:
+    with track_activations(model) if args.activations else nullcontext() as activations:
         for x, y in tqdm(loader, leave=False, disable=not sys.stderr.isatty()):
             x = x.contiguous(memory_format=torch.channels_last) if args.channels_last else x
             with autocast():

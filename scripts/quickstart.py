@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import timm_sugar
-from timm_sugar.diagnostics import watch
+from timm_sugar.diagnostics import track_activations
 
 NAME = "resnet18_sugar"
 TAG = "bsilu_cifar10"  # what pretrained weights were trained on
@@ -98,7 +98,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int) -> None
 def inspect(model: nn.Module, images: Tensor, labels: Tensor) -> tuple[Tensor, str]:
     """Predictions (N), and a line with accuracy, dead units and sparsity on these images."""
     model.eval()
-    with watch(model) as activations:
+    with track_activations(model) as activations:
         predictions = torch.cat([model(batch).argmax(1) for batch in images.split(BATCH)])
     accuracy = (predictions == labels).float().mean().item()
     return predictions, f"{accuracy:12.1%}{activations.dead:12.2%}{activations.sparsity:12.1%}"

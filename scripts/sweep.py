@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_sugar import SUGAR, sugarize
+from timm_sugar._places import is_activation, is_activation_function
 from timm_sugar.activation import FunctionalSUGAR
 from timm_sugar.models import sugar as models
-from timm_sugar.surgery import is_activation, is_activation_function
 
 # forward_intermediates() of these reads numbers from tensors, which meta has none of, unless it is asked like this.
 INTERMEDIATES_ON_META = {"gemma4_vit*": {"output_fmt": "NLC"}}
@@ -155,13 +155,16 @@ def _one_line(error: Exception) -> str:
 
 def check(base: str, name: str) -> list[str]:
     """Build an architecture and its base, compare them, and run it; what is wrong with it, one line for each thing."""
-    try:
-        model = timm.create_model(name, device="meta")
-    except Exception as error:
-        return [f"does not build: {type(error).__name__}: {_one_line(error)}"]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            model = timm.create_model(name, device="meta")
+        except Exception as error:
+            return [f"does not build: {type(error).__name__}: {_one_line(error)}"]
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     expected = {key: value.shape for key, value in timm.create_model(base, device="meta").state_dict().items()}
     problems = list(_activations_left(model))
+    problems += [str(warning.message) for warning in caught if "sugarize() left" in str(warning.message)]
     if not any(isinstance(module, SUGAR) for module in model.modules()):
         problems.append("has no SUGAR activation")
     if shapes != expected:

@@ -59,7 +59,7 @@ from torch import nn
 from tqdm import tqdm
 
 import timm_sugar  # noqa: F401  registers the models
-from timm_sugar.diagnostics import watch
+from timm_sugar.diagnostics import track_activations
 
 
 def build_model(args: argparse.Namespace) -> nn.Module:
@@ -360,7 +360,7 @@ class Run:
         model = unwrap_model(self.task.get_trainable_module(ema=ema)).eval()
         evaluator = self.task.create_evaluator(max_samples=evaluation_sample_limit(self.eval_loader))
         quiet = args.rank > 0 or not sys.stderr.isatty()
-        with watch(model) as activations:
+        with track_activations(model) as activations:
             for x, y in tqdm(self.eval_loader, "validation", leave=False, disable=quiet):
                 x = x.contiguous(memory_format=torch.channels_last) if args.channels_last else x
                 with self.autocast():

@@ -26,7 +26,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
 
 from timm_sugar import SUGAR
-from timm_sugar.diagnostics import watch
+from timm_sugar.diagnostics import track_activations
 
 DATA_SETS = ("breast_cancer", "wine", "iris")
 ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "sugar": SUGAR}
@@ -85,7 +85,7 @@ def train_one_epoch(model: nn.Module, optimizer: Any, rows: Tensor, labels: Tens
 @torch.no_grad()
 def evaluate(model: nn.Module, rows: Tensor, labels: Tensor) -> dict[str, float]:
     """Loss, top-1 (percent), shares of dead units and zeros (0..1) on the held-out rows."""
-    with watch(model) as activations:
+    with track_activations(model) as activations:
         output = model(rows)
     top1 = 100 * (output.argmax(1) == labels).double().mean().item()
     shares = {"eval_dead_units": activations.dead, "eval_sparsity": activations.sparsity}

@@ -3,21 +3,29 @@
 Importing this package registers a `<name>_sugar` model in timm for every timm architecture `<name>`.
 """
 
+from timm_sugar import models
 from timm_sugar.activation import SUGAR, sugar
-from timm_sugar.diagnostics import diagnose
-from timm_sugar.models import sugar as models
-from timm_sugar.surgery import sugarize, to_relu
-from timm_sugar.surrogate import list_surrogates, register_surrogate
+from timm_sugar.diagnostics import diagnose, track_activations
+from timm_sugar.models import list_sugar_models as list_models
+from timm_sugar.surgery import list_activations, replace_activations, sugarize, sugarized, to_relu
+from timm_sugar.surrogate import Surrogate, get_surrogate, list_surrogates, register_surrogate
 from timm_sugar.version import __version__
 
 __all__ = [
     "SUGAR",
+    "Surrogate",
     "__version__",
     "diagnose",
+    "get_surrogate",
+    "list_activations",
+    "list_models",
     "list_surrogates",
     "models",
     "register_surrogate",
+    "replace_activations",
     "sugar",
     "sugarize",
+    "sugarized",
     "to_relu",
+    "track_activations",
 ]

@@ -3,17 +3,18 @@
 from torch import Tensor, nn
 
 from timm_sugar._operator import apply
-from timm_sugar.surrogate import get_surrogate, resolve_parameters
+from timm_sugar.surrogate import Surrogate, get_surrogate
 
 
-def sugar(x: Tensor, surrogate: str = "bsilu", **parameters: float) -> Tensor:
+def sugar(x: Tensor, surrogate: str | Surrogate = "bsilu", **parameters: float) -> Tensor:
     """relu(x), whose gradient is that of the surrogate: grad * surrogate'(x) (SUGAR, arXiv 2505.22074, eq. 4).
 
     x: any shape, elementwise, real floating point. Bit-equal to `F.relu(x)` in value. `parameters` are the surrogate's,
     e.g. alpha. Raises TypeError for another dtype or an unknown parameter, ValueError for an unknown surrogate or a
     parameter that is not finite and positive.
     """
-    return apply(x, surrogate, resolve_parameters(surrogate, parameters), get_surrogate(surrogate).formula)
+    chosen = get_surrogate(surrogate, **parameters)
+    return apply(x, chosen.name, chosen.values, chosen.formula)
 
 
 class SUGAR(nn.Module):
@@ -25,21 +26,20 @@ class SUGAR(nn.Module):
 
     values: list[float]  # TorchScript reads the type here (so no `from __future__ import annotations` in this file)
 
-    def __init__(self, inplace: bool = False, *, surrogate: str = "bsilu", **parameters: float) -> None:
+    def __init__(self, inplace: bool = False, *, surrogate: str | Surrogate = "bsilu", **parameters: float) -> None:
         super().__init__()
-        if isinstance(inplace, str):
-            raise TypeError(f"the surrogate is a keyword argument: SUGAR(surrogate={inplace!r})")
-        self.surrogate = surrogate
-        self.values = resolve_parameters(surrogate, parameters)
-        self.formula = get_surrogate(surrogate).formula
+        if not isinstance(inplace, bool):
+            raise TypeError(f"inplace must be True or False, not {inplace!r}; a surrogate is a keyword argument")
+        chosen = get_surrogate(surrogate, **parameters)
+        self.surrogate, self.values, self.formula = chosen.name, chosen.values, chosen.formula
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
         self.formula = get_surrogate(self.surrogate).formula  # today's, whatever it was when the module was pickled
 
-    def forward(self, x: Tensor) -> Tensor:
-        """relu(x), any shape."""
-        return apply(x, self.surrogate, self.values, self.formula)
+    def forward(self, input: Tensor) -> Tensor:
+        """relu(input), any shape."""
+        return apply(input, self.surrogate, self.values, self.formula)
 
     def extra_repr(self) -> str:
         parameters = zip(get_surrogate(self.surrogate).parameters, self.values, strict=True)
@@ -49,6 +49,20 @@ class SUGAR(nn.Module):
 class FunctionalSUGAR(SUGAR):
     """SUGAR in the place of a function such as `F.gelu` that a model keeps as an attribute, and called like that."""
 
-    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
-        """relu(x), any shape; `inplace` has no effect."""
-        return apply(x, self.surrogate, self.values, self.formula)
+    def forward(
+        self,
+        input: Tensor,
+        a: float = 0.0,
+        b: float = 0.0,
+        c: bool = False,
+        d: bool = False,
+        inplace: bool = False,
+        alpha: float = 0.0,
+        negative_slope: float = 0.0,
+        lower: float = 0.0,
+        upper: float = 0.0,
+        training: bool = False,
+        approximate: str = "none",
+    ) -> Tensor:
+        """relu(input), any shape; what else torch's activation functions take has no effect."""
+        return apply(input, self.surrogate, self.values, self.formula)

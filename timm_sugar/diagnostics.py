@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_sugar.surgery import is_activation
+from timm_sugar._places import find_places, is_activation
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 DORMANT = 0.025  # the smaller of the thresholds tau in ReDo (Sokar et al. 2023, arXiv 2302.12902)
@@ -29,6 +29,7 @@ class Layer:
 
     def __init__(self, units: int, device: torch.device) -> None:
         self.active = torch.zeros(units, dtype=torch.bool, device=device)
+        self.broken = torch.zeros((), dtype=torch.bool, device=device)  # whether an output was NaN
         self.zeros = torch.zeros((), dtype=torch.long, device=device)
         self.elements = 0
         self.magnitude: Tensor | None = None
@@ -42,7 +43,9 @@ class Layer:
 
     @property
     def dead(self) -> float:
-        """Share of units that were never active."""
+        """Share of units that were never active; NaN if an output was NaN."""
+        if self.broken:
+            return math.nan
         return 1 - self.active.float().mean().item()
 
     @property
@@ -67,7 +70,9 @@ class Layer:
         return (self.magnitude <= tau * self.magnitude.mean()).float().mean().item()
 
     def _add_output(self, output: Tensor, others: list[int], detailed: bool) -> None:
-        self.active = self.active | (output.amax(others) > 0)
+        largest = output.amax(others)  # NaN if one is
+        self.active = self.active | (largest > 0)
+        self.broken = self.broken | largest.isnan().any()
         self.zeros = self.zeros + (output.numel() - output.count_nonzero())
         self.elements += output.numel()
         if detailed:
@@ -155,11 +160,11 @@ class Activations:
     def reduce(self) -> None:
         """Merge `active` and `zeros` of all processes of a torch.distributed group: each then has the whole data's."""
         for layer in self.layers.values():
-            active, zeros = layer.active.to(torch.int32), layer.zeros.clone()
+            active, zeros, broken = layer.active.to(torch.int32), layer.zeros.clone(), layer.broken.to(torch.int32)
             elements = torch.tensor(layer.elements, device=active.device)
-            for count in (active, zeros, elements):
+            for count in (active, zeros, elements, broken):
                 dist.all_reduce(count)
-            layer.active, layer.zeros, layer.elements = active > 0, zeros, int(elements)
+            layer.active, layer.zeros, layer.elements, layer.broken = active > 0, zeros, int(elements), broken > 0
 
     def _new_pass(self, *_: Any) -> None:
         self._calls.clear()
@@ -178,6 +183,7 @@ class Activations:
 
     def _enter(self, name: str, x: Tensor) -> None:
         """Before the activation, which may overwrite its input."""
+        x = x[None] if x.ndim == 0 else x
         if torch._C._current_graph_task_id() != -1:  # a backward pass computes a checkpointed layer again
             return
         self._calls[name] = call = self._calls.get(name, 0) + 1
@@ -197,31 +203,73 @@ class Activations:
         if torch._C._current_graph_task_id() != -1:
             return
         layer, others = self._open.pop()
-        layer._add_output((output[None] if output.ndim == 1 else output).detach(), others, self._detailed)
+        output = output.reshape(1, -1) if output.ndim < 2 else output
+        layer._add_output(output.detach(), others, self._detailed)
+
+
+def _first(inputs: tuple[Any, ...], named: Mapping[str, Any]) -> Tensor:
+    """What an activation was called with, by position or by name."""
+    return inputs[0] if inputs else next(iter(named.values()))
+
+
+def _tracked_function(function: Callable[..., Tensor], name: str, activations: Activations) -> Callable[..., Tensor]:
+    """A function that a model keeps as an attribute, with counts of what it is given and returns."""
+
+    def call(*inputs: Any, **named: Any) -> Tensor:
+        activations._enter(name, _first(inputs, named))
+        output = function(*inputs, **named)
+        activations._leave(output)
+        return output
+
+    return call
 
 
 @contextmanager
-def watch(model: nn.Module, detailed: bool = False, tau: float = DORMANT) -> Iterator[Activations]:
+def track_activations(model: nn.Module, detailed: bool = False, tau: float = DORMANT) -> Iterator[Activations]:
     """Count dead units and zeros of a model's hidden activations in every forward pass inside the `with` block.
 
-    A unit is a channel of a feature map or a feature of a token; dead means never > 0. With `detailed`, what `diagnose`
-    reports is recorded too. The counts stay readable after the block, the hooks do not outlive it. Activations that a
-    `forward` calls as plain functions are not seen.
+    A unit is a channel of a feature map or a feature of a token; dead means never > 0. Seen are the activations that
+    `list_activations` names, but for nodes of a torch.fx graph; one that a `forward` calls by itself is not. The counts
+    stay readable after the block, the hooks do not outlive it.
+
+    Args:
+        model: any module.
+        detailed: record what `diagnose` reports, too.
+        tau: threshold of dormant units, 0 or more.
+
+    Yields:
+        The counts by layer.
+
+    Raises:
+        ValueError: for a tau that is no number or negative.
+
+    Example:
+        >>> with timm_sugar.track_activations(model) as activations:
+        ...     validate(model)
+        >>> activations.dead
     """
+    if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not tau >= 0:
+        raise ValueError(f"tau must be a number, 0 or more, not {tau!r}")
     activations = Activations(detailed, tau)
-    hooks = [model.register_forward_pre_hook(activations._new_pass)]
+    hooks: list[Any] = [model.register_forward_pre_hook(activations._new_pass)]
     for name, module in model.named_modules():
         if is_activation(module):
-            enter = lambda _m, x, name=name: activations._enter(name, x[0])  # noqa: E731
-            hooks.append(module.register_forward_pre_hook(enter))
+            enter = lambda _m, x, named, name=name: activations._enter(name, _first(x, named))  # noqa: E731
+            hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             hooks.append(module.register_forward_hook(lambda _m, _x, output: activations._leave(output)))
         elif isinstance(module, (nn.Linear, *_CONVOLUTIONS)):
             hooks.append(module.register_forward_hook(activations._remember_source))
+    functions = [place for place in find_places(model) if isinstance(place.key, str)]
+    functions = [place for place in functions if not isinstance(place.activation, nn.Module)]
+    for place in functions:
+        setattr(place.owner, str(place.key), _tracked_function(place.activation, place.name, activations))
     try:
         yield activations
     finally:
         for handle in hooks:
             handle.remove()
+        for place in functions:
+            setattr(place.owner, str(place.key), place.activation)
 
 
 def diagnose(
@@ -231,23 +279,40 @@ def diagnose(
     tau: float = DORMANT,
     criterion: Callable[[Any, Any], Tensor] | None = F.cross_entropy,
 ) -> Activations:
-    """What each hidden activation of a model does on data, in one pass over `loader` in eval mode.
+    """Report what each hidden activation of a model does on data, in one pass over `loader` in eval mode.
 
     For each layer and in total: dead units (never > 0), tau-dormant units (mean |output| at most `tau` times the
     layer's; ReDo, Sokar et al. 2023), zeros, mean and spread of pre-activations, and gradient flow (the share of units
     at whose pre-activation the gradient of `criterion(output, target)` is not 0 for all the data: under ReLU a dead
-    unit gets none, under SUGAR it does). `loader` yields pairs of a batch and its targets, or, if `criterion` is None,
-    batches alone; then there is no gradient flow. The model is left as it was: modes, gradients, hooks.
+    unit gets none, under SUGAR it does). The model is left as it was: modes, gradients, hooks.
 
-    Raises ValueError for an empty loader, a negative tau, batches without targets, and a model in which no hidden
-    activation is a module.
+    Args:
+        model: any module.
+        loader: yields batches: a pair of inputs and targets (what follows is ignored), or a dict of what the model's
+            `forward` takes, with the targets under "labels", "label" or "target". Tensors or NumPy arrays. If
+            `criterion` is None, inputs alone will do.
+        tau: threshold of dormant units, 0 or more.
+        criterion: the loss, of the model's output (its `logits`, if it has such) and the targets; None for no gradient
+            flow.
+
+    Returns:
+        The counts by layer; `print` shows a table.
+
+    Raises:
+        ValueError: for an empty loader, a bad tau, batches without targets, NaN in an activation, and a model in which
+            no hidden activation is found.
+
+    Example:
+        >>> print(timm_sugar.diagnose(model, loader))
     """
-    if not tau >= 0:
-        raise ValueError(f"tau must be 0 or more, not {tau}")
     modes = [(module, module.training) for module in model.modules()]
     empty = True
     try:
-        with watch(model.eval(), True, tau) as activations, torch.set_grad_enabled(criterion is not None):
+        with (
+            track_activations(model.eval(), True, tau) as activations,
+            torch.inference_mode(False),
+            torch.set_grad_enabled(criterion is not None),
+        ):
             for batch in loader:
                 empty = False
                 _pass(model, batch, criterion)
@@ -255,23 +320,62 @@ def diagnose(
         for module, mode in modes:
             module.training = mode
     if not activations.layers:
-        why = "the loader is empty" if empty else "no hidden activation of the model is a module"
+        why = "the loader is empty" if empty else "no hidden activation of the model is a module or an attribute"
         raise ValueError(f"nothing to diagnose: {why}")
+    if broken := [name for name, layer in activations.layers.items() if layer.broken]:
+        raise ValueError(f"activation {broken[0]} is NaN on this data: look at the batches and the weights first")
     return activations
 
 
 def _pass(model: nn.Module, batch: Any, criterion: Callable[[Any, Any], Tensor] | None) -> None:
     """Forward, and backward if there is a criterion, without a change to any .grad."""
-    x, target = batch if isinstance(batch, (tuple, list)) else (batch, None)
     weights = list(model.parameters())
-    device = weights[0].device if weights else x.device
-    x = x.to(device).detach()
+    device = weights[0].device if weights else None
+    inputs, target = _split(batch)
+    inputs = {key: _tensor(value, device) for key, value in inputs.items()}
     if criterion is None:
-        model(x)
+        _call(model, inputs)
         return
     if target is None:
         raise ValueError("no targets for the loss: give pairs of a batch and its targets, or criterion=None")
-    start = [p for p in weights if p.requires_grad]
-    if x.is_floating_point():
-        start.append(x.requires_grad_())  # so that the gradient passes through frozen layers too
-    torch.autograd.grad(criterion(model(x), target.to(device)), start, allow_unused=True)
+    real = [value for value in inputs.values() if isinstance(value, Tensor) and value.is_floating_point()]
+    start = [p for p in weights if p.requires_grad] + [x.requires_grad_() for x in real]  # through frozen layers, too
+    frozen = [] if start else [p for p in weights if p.is_floating_point()]
+    try:
+        start += [p.requires_grad_() for p in frozen]
+        # A copy, since the first layer may overwrite it.
+        outputs = _call(model, {key: x.clone() if isinstance(x, Tensor) else x for key, x in inputs.items()})
+        torch.autograd.grad(criterion(outputs, _tensor(target, device)), start, allow_unused=True)
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
+
+
+def _split(batch: Any) -> tuple[dict[str, Any], Any]:
+    """Inputs by the name of the argument, "" for the first by position; and the targets, None if there are none."""
+    if isinstance(batch, Mapping):
+        inputs = dict(batch)
+        found = [inputs.pop(key) for key in ("labels", "label", "target") if key in inputs]
+        return inputs, found[0] if found else None
+    if isinstance(batch, (tuple, list)):
+        return {"": batch[0]}, batch[1] if len(batch) > 1 else None
+    return {"": batch}, None
+
+
+def _tensor(value: Any, device: torch.device | None) -> Any:
+    """An array or tensor as a tensor on the device, detached; anything else as it is."""
+    if not isinstance(value, Tensor):
+        if not hasattr(value, "__array__"):
+            return value
+        value = torch.as_tensor(value)
+    value = value.clone() if value.is_inference() else value  # autograd can't keep such a tensor
+    return value.to(device).detach()
+
+
+def _call(model: nn.Module, inputs: dict[str, Any]) -> Any:
+    """The model's output; its logits if it names them."""
+    named = {key: value for key, value in inputs.items() if key}
+    output = model(*([inputs[""]] if "" in inputs else []), **named)
+    if isinstance(output, Mapping):
+        return output.get("logits", output)
+    return getattr(output, "logits", output)

@@ -1,4 +1,4 @@
-"""The mathematics of SUGAR: a table of surrogates, each a (primitive, derivative) pair of pure tensor functions.
+"""The mathematics of SUGAR: a table of surrogates, each a derivative and, where there is one, its primitive.
 
 The forward pass of a SUGAR unit is ReLU whatever the surrogate; the surrogate's derivative takes the place of ReLU's in
 the backward pass ("The Resurrection of the ReLU", arXiv 2505.22074). This file knows formulas and nothing of autograd.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-import sys
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,96 +22,200 @@ Formula = Callable[..., Tensor]
 SELU_ALPHA = 1.6732632423543772848170429916717  # Klambauer et al. 2017, as in torch.nn.SELU
 SELU_SCALE = 1.0507009873554804934193349852946
 
+# Names that sugar(), sugarize(), timm.create_model and timm's networks take themselves.
+_RESERVED = frozenset(
+    {"x", "input", "inplace", "surrogate", "save_memory", "model", "model_name", "filter_fn", "types", "example"}
+    | {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "checkpoint_path", "cache_dir"}
+    | {"scriptable", "exportable", "no_jit", "num_classes", "in_chans", "global_pool", "img_size", "patch_size"}
+    | {"features_only", "out_indices", "output_stride", "drop_rate", "drop_path_rate", "drop_block_rate", "act_layer"}
+    | {"norm_layer", "width", "scale", "depth", "embed_dim", "device", "dtype"}
+)
+
 
 @dataclass(frozen=True)
 class Surrogate:
-    """A smooth stand-in for ReLU; both functions take `(x, *parameters)` and return a tensor of x's shape.
+    """A smooth stand-in for ReLU, with the values of its parameters; `get_surrogate` returns one.
 
-    `parameters` are the names and default values, in the order in which the functions take them. `formula` identifies
-    the derivative, so that a compiler's cache never answers with the gradient of an older one.
+    Attributes:
+        name: by which `sugar`, `SUGAR`, `sugarize` and `create_model` know it.
+        derivative: takes `(x, *values)`, x of any shape, and returns a tensor of that shape.
+        primitive: the function that `derivative` is the derivative of, taking the same arguments; None if it was
+            registered without.
+        parameters: names and values, in the order in which the functions take them.
+        formula: identifies the derivative, so that a compiler's cache never answers with that of an older one.
+        may_be_zero: names of the parameters for which the derivative is finite at 0.
     """
 
     name: str
-    primitive: Formula
     derivative: Formula
+    primitive: Formula | None = None
     parameters: dict[str, float] = field(default_factory=dict)
     formula: str = ""
+    may_be_zero: frozenset[str] = frozenset()
+
+    @property
+    def values(self) -> list[float]:
+        """Values of the parameters, in the order in which the functions take them."""
+        return list(self.parameters.values())
+
+    def evaluate(self, x: Tensor) -> Tensor:
+        """Compute the primitive at x, any shape. Raises ValueError if the surrogate was registered without one."""
+        if self.primitive is None:
+            raise ValueError(f"surrogate {self.name!r} has no primitive: give one to register_surrogate")
+        return self.primitive(x, *self.values)
 
 
 _surrogates: dict[str, Surrogate] = {}
+_built_in: set[str] = set()
 _POINTS = [0.0, 65504.0, *torch.logspace(-6, 4.8, 2000, dtype=torch.float64, device="cpu").tolist()]
 _PROBE = torch.tensor([-p for p in _POINTS] + _POINTS, dtype=torch.float64, device="cpu")
 
 
 def list_surrogates() -> list[str]:
-    """Names of all surrogates, built-in and registered, sorted."""
+    """List the names of all surrogates, built-in and registered, sorted.
+
+    Example:
+        >>> timm_sugar.list_surrogates()
+        ['bsilu', 'elu', 'gelu', 'leaky_relu', 'mish', 'nelu', 'relu', 'selu', 'silu']
+    """
     return sorted(_surrogates)
 
 
-def parameter_names() -> set[str]:
-    """Names of the parameters of all surrogates."""
-    return {key for surrogate in _surrogates.values() for key in surrogate.parameters}
+def built_in_parameters() -> set[str]:
+    """Names of the parameters of all built-in surrogates."""
+    return {key for name in _built_in for key in _surrogates[name].parameters}
 
 
-def get_surrogate(name: str) -> Surrogate:
-    """The surrogate of that name. Raises ValueError, which lists the names, if there is none."""
-    if not isinstance(name, str) or name not in _surrogates:
-        raise ValueError(f"unknown surrogate {name!r}; choose one of {', '.join(list_surrogates())}")
-    return _surrogates[name]
+def get_surrogate(surrogate: str | Surrogate, /, **parameters: Any) -> Surrogate:
+    """Look a surrogate up, with its default parameters or with others.
+
+    Args:
+        surrogate: a name of `list_surrogates()`, or what this function returned before.
+        parameters: values, e.g. `alpha=0.05`; finite, above 0, or 0 where the formula allows it.
+
+    Returns:
+        The surrogate, whose `parameters` hold the values.
+
+    Raises:
+        ValueError: for an unknown name or a value out of range.
+        TypeError: for an unknown parameter or a value that is no number.
+
+    Example:
+        >>> timm_sugar.get_surrogate("nelu", alpha=0.05).parameters
+        {'alpha': 0.05}
+    """
+    if isinstance(surrogate, Surrogate):
+        found = surrogate
+    elif isinstance(surrogate, str) and surrogate in _surrogates:
+        found = _surrogates[surrogate]
+    else:
+        raise ValueError(f"unknown surrogate {surrogate!r}; choose one of {', '.join(list_surrogates())}")
+    if not parameters:
+        return found
+    if unknown := sorted(parameters.keys() - found.parameters.keys()):
+        known = ", ".join(found.parameters) or "none"
+        raise TypeError(f"surrogate {found.name!r} has no parameter {unknown[0]!r} (it takes: {known})")
+    values = {key: _checked(found, key, parameters.get(key, value)) for key, value in found.parameters.items()}
+    return replace(found, parameters=values)
 
 
-def register_surrogate(name: str, primitive: Formula, derivative: Formula, **parameters: float) -> None:
+def register_surrogate(
+    name: str, *, derivative: Formula, primitive: Formula | None = None, overwrite: bool = False, **defaults: float
+) -> None:
     """Add a surrogate of one's own, so that `surrogate=name` works wherever a built-in name does.
 
-    `primitive(x, *values)` and `derivative(x, *values)` are elementwise, made of differentiable torch operations, and
-    take the values of `parameters` (name=default, each finite and positive) by position. Half-precision inputs reach
-    them as float32. Raises TypeError if the name is no string; ValueError if it is taken, a parameter has a name that
-    `sugar()` takes itself, a default is not finite and positive, or the derivative changes x in place or isn't one
-    finite value per element for every |x| <= 65504.
+    Both functions are elementwise, made of differentiable torch operations, and take `(x, *values)`. Half-precision
+    inputs reach them as float32. Registering the same surrogate once more, as a notebook does, changes nothing.
+
+    Args:
+        name: a new name.
+        derivative: what the backward pass multiplies with; one finite value per element for every |x| <= 65504.
+        primitive: a function with that derivative. Without one, the surrogate can't be evaluated as an activation.
+        overwrite: replace a registered surrogate of that name by another formula.
+        defaults: names and default values of the parameters, each finite and above 0, or 0 where the formula allows it.
+
+    Raises:
+        TypeError: if the name is no string or a default no number.
+        ValueError: if the name is taken, a parameter's name is taken by timm or this package, a default is out of
+            range, or the derivative changes x in place, isn't finite, or isn't that of the primitive.
+
+    Example:
+        >>> timm_sugar.register_surrogate(
+        ...     "softplus", derivative=lambda x, beta: torch.sigmoid(beta * x), beta=2.0)
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"the name of a surrogate must be a string, not {name!r}")
-    if name in _surrogates:
-        raise ValueError(f"surrogate {name!r} exists already; choose another name")
-    if taken := {"x", "inplace", "surrogate"} & parameters.keys():
-        raise ValueError(f"parameter {taken.pop()!r} of surrogate {name!r} has a name that sugar() takes itself")
-    surrogate = Surrogate(name, primitive, derivative, dict(parameters))
-    values = [_checked(surrogate, key, value) for key, value in parameters.items()]
-    for x in (_PROBE.clone(), _PROBE.float()):
-        slope = derivative(x, *values)
-        if slope.shape != x.shape or not slope.isfinite().all():
-            raise ValueError(f"the derivative of surrogate {name!r} must return one finite value per element")
-        if not torch.equal(x, _PROBE.to(x.dtype)):
-            raise ValueError(f"the derivative of surrogate {name!r} must not change its input in place")
-    _surrogates[name] = replace(surrogate, formula=_fingerprint(derivative, values))
-
-
-def resolve_parameters(name: str, parameters: dict[str, Any]) -> list[float]:
-    """Values of a surrogate's parameters, defaults filled in, in the order of its functions.
-
-    Raises ValueError for an unknown surrogate or a value that is not finite and positive, TypeError for an unknown
-    parameter or a value that is no number.
-    """
-    surrogate = get_surrogate(name)
-    unknown = sorted(parameters.keys() - surrogate.parameters.keys())
-    if unknown:
-        known = ", ".join(surrogate.parameters) or "none"
-        raise TypeError(f"surrogate {name!r} has no parameter {unknown[0]!r} (it takes: {known})")
-    return [_checked(surrogate, key, parameters.get(key, default)) for key, default in surrogate.parameters.items()]
+    if taken := sorted(_RESERVED & defaults.keys()):
+        raise ValueError(
+            f"parameter {taken[0]!r} of surrogate {name!r} has a name that timm_sugar or timm takes itself"
+        )
+    given = Surrogate(name, derivative, primitive, dict(defaults))
+    given = replace(given, may_be_zero=frozenset(key for key in defaults if _is_finite_at_zero(given, key)))
+    given = replace(given, parameters={key: _checked(given, key, value) for key, value in defaults.items()})
+    _check_derivative(given)
+    _check_primitive(given)
+    given = replace(given, formula=_fingerprint(derivative, given.values))
+    if name in _surrogates and (name in _built_in or not overwrite):
+        old = _surrogates[name]
+        if name in _built_in or (old.formula, old.parameters) != (given.formula, given.parameters):
+            how = "choose another name" + ("" if name in _built_in else " or say overwrite=True")
+            raise ValueError(f"surrogate {name!r} exists already: {how}")
+    _surrogates[name] = given
 
 
 def surrogate_derivative(x: Tensor, name: str, values: list[float]) -> Tensor:
-    """Derivative of the surrogate at x, any shape, elementwise; for float16 and bfloat16 in float32."""
+    """Compute the derivative of a surrogate at x, any shape, elementwise; for float16 and bfloat16 in float32."""
     half = x.dtype in (torch.float16, torch.bfloat16)
     return get_surrogate(name).derivative(x.float() if half else x, *values)
 
 
 def _checked(surrogate: Surrogate, key: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's numbers are Real
         raise TypeError(f"{key} of surrogate {surrogate.name!r} must be a number, not {value!r}")
-    if not 0 < value <= sys.float_info.max:  # false for NaN
-        raise ValueError(f"{key} of surrogate {surrogate.name!r} must be finite and positive, not {value!r:.40}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # of an integer
+        number = math.inf
+    may_be_zero = key in surrogate.may_be_zero
+    if not (0 < number < math.inf or (number == 0 and may_be_zero)):  # NaN is not
+        least = "0 or more" if may_be_zero else "positive"
+        raise ValueError(f"{key} of surrogate {surrogate.name!r} must be finite and {least}, not {value!r:.40}")
+    return number + 0.0  # no -0.0
+
+
+def _is_finite_at_zero(surrogate: Surrogate, key: str) -> bool:
+    """Whether the derivative is finite everywhere with this parameter at 0."""
+    try:
+        values = [0.0 if name == key else float(value) for name, value in surrogate.parameters.items()]
+        return bool(surrogate.derivative(_PROBE.clone(), *values).isfinite().all())
+    except (ArithmeticError, TypeError, ValueError):
+        return False
+
+
+def _check_derivative(surrogate: Surrogate) -> None:
+    for x in (_PROBE.clone(), _PROBE.float()):
+        slope = surrogate.derivative(x, *surrogate.values)
+        if slope.shape != x.shape or not slope.isfinite().all():
+            raise ValueError(f"the derivative of surrogate {surrogate.name!r} must return one finite value per element")
+        if not torch.equal(x, _PROBE.to(x.dtype)):
+            raise ValueError(f"the derivative of surrogate {surrogate.name!r} must not change its input in place")
+
+
+def _check_primitive(surrogate: Surrogate) -> None:
+    """Compare the derivative with central differences of the primitive; a kink of the latter falls between points."""
+    if surrogate.primitive is None:
+        return
+    x, step = torch.linspace(-12, 12, 4802, dtype=torch.float64, device="cpu"), 1e-6
+    value = {shift: surrogate.primitive(x + shift * step, *surrogate.values) for shift in (-1, 1)}
+    difference = (value[1] - value[-1]) / (2 * step)
+    slope = surrogate.derivative(x, *surrogate.values)
+    wrong = ~torch.isclose(slope, difference, rtol=1e-4, atol=1e-6)
+    if wrong.sum() > 4:  # a few points may lie at kinks
+        at = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"surrogate {surrogate.name!r}: the derivative at {x[at]:.3g} is {slope[at]:.6g}, but the primitive rises "
+            f"by {difference[at]:.6g} there; check that derivative= and primitive= are not exchanged"
+        )
 
 
 def _fingerprint(derivative: Formula, values: list[float]) -> str:
@@ -189,15 +293,28 @@ def _mish_derivative(x: Tensor) -> Tensor:
 
 def _leaky_relu_derivative(x: Tensor, negative_slope: float) -> Tensor:
     """1 for x > 0, else the slope; NaN stays NaN."""
-    return torch.where(x > 0, torch.ones_like(x), torch.where(x.isnan(), x, torch.full_like(x, negative_slope)))
+    slope = negative_slope * torch.ones_like(x)  # full_like would bake a parameter that changes at run time
+    return torch.where(x > 0, torch.ones_like(x), torch.where(x.isnan(), x, slope))
+
+
+def _relu(x: Tensor, gain: float) -> Tensor:
+    """gain * x for x > 0, else 0."""
+    return gain * F.relu(x)
+
+
+def _relu_derivative(x: Tensor, gain: float) -> Tensor:
+    """The gain for x > 0, else 0; NaN stays NaN."""
+    return gain * _leaky_relu_derivative(x, 0.0)
 
 
 # Defaults: alpha of B-SiLU and NeLU from the paper, the others PyTorch's.
-register_surrogate("bsilu", _bsilu, _bsilu_derivative, alpha=1.67)
-register_surrogate("nelu", _nelu, _nelu_derivative, alpha=0.01)
-register_surrogate("elu", F.elu, _elu_derivative, alpha=1.0)
-register_surrogate("selu", F.selu, _selu_derivative)
-register_surrogate("gelu", F.gelu, _gelu_derivative)
-register_surrogate("silu", F.silu, _silu_derivative)
-register_surrogate("mish", F.mish, _mish_derivative)
-register_surrogate("leaky_relu", F.leaky_relu, _leaky_relu_derivative, negative_slope=0.01)
+register_surrogate("bsilu", derivative=_bsilu_derivative, primitive=_bsilu, alpha=1.67)
+register_surrogate("nelu", derivative=_nelu_derivative, primitive=_nelu, alpha=0.01)
+register_surrogate("elu", derivative=_elu_derivative, primitive=F.elu, alpha=1.0)
+register_surrogate("selu", derivative=_selu_derivative, primitive=F.selu)
+register_surrogate("gelu", derivative=_gelu_derivative, primitive=F.gelu)
+register_surrogate("silu", derivative=_silu_derivative, primitive=F.silu)
+register_surrogate("mish", derivative=_mish_derivative, primitive=F.mish)
+register_surrogate("leaky_relu", derivative=_leaky_relu_derivative, primitive=F.leaky_relu, negative_slope=0.01)
+register_surrogate("relu", derivative=_relu_derivative, primitive=_relu, gain=1.0)
+_built_in |= _surrogates.keys()

@@ -26,8 +26,8 @@ from timm.models import (
 from torch import Tensor, nn
 
 from timm_sugar import sugarize
-from timm_sugar.surgery import exchange_sugar
-from timm_sugar.surrogate import get_surrogate, parameter_names, resolve_parameters
+from timm_sugar.surgery import replace_activations
+from timm_sugar.surrogate import built_in_parameters, get_surrogate
 
 SWIN_TINY = "swin_tiny_patch4_window7_224"
 NETWORKS = ("resnet18", "vgg16", "vgg16_bn", "conv2next_tiny", "convnext_atto", SWIN_TINY, "deep_mlp",
@@ -39,18 +39,18 @@ class Plain(nn.Module):
 
     def __init__(self, surrogate: str, **parameters: float) -> None:
         super().__init__()
-        self.surrogate, self.values = surrogate, resolve_parameters(surrogate, parameters)
+        self.surrogate = get_surrogate(surrogate, **parameters)
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         """f(x); `inplace` has no effect."""
-        return get_surrogate(self.surrogate).primitive(x, *self.values)
+        return self.surrogate.evaluate(x)
 
 
 def activate(model: nn.Module, activation: str, **parameters: float) -> None:
     """Put `activation` ("relu" or a surrogate's name) where `sugarize` would put SUGAR. Raises as `sugarize` does."""
     make = nn.ReLU if activation == "relu" else partial(Plain, activation, **parameters)
     sugarize(model)
-    exchange_sugar(model, make)
+    replace_activations(model, make)
 
 
 class DeepMLP(nn.Module):
@@ -97,7 +97,7 @@ def _register(name: str, base: str, exchange: Callable[..., Any], argument: str)
     """Register `name`: the base, in which `exchange(model, kwargs[argument], **parameters)` replaces activations."""
 
     def create(pretrained: bool = False, pretrained_cfg: Any = None, **kwargs: Any) -> nn.Module:
-        chosen = {key: kwargs.pop(key) for key in (argument, *parameter_names()) if key in kwargs}
+        chosen = {key: kwargs.pop(key) for key in (argument, *built_in_parameters()) if key in kwargs}
         model = model_entrypoint(base)(pretrained=pretrained, pretrained_cfg=pretrained_cfg, **kwargs)
         exchange(model, **chosen)
         return model

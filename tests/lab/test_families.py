@@ -11,7 +11,7 @@ import torch
 from scripting import load_script
 
 from timm_sugar import diagnose, models
-from timm_sugar.surgery import is_activation
+from timm_sugar._places import is_activation
 
 FAMILIES = load_script("acceptance").FAMILIES
 HEAVY = {"beit", "convmixer", "deepseek_vit", "gemma4_vit", "mobilenetv5", "naflexvit", "nasnet", "pnasnet"}

@@ -215,7 +215,7 @@ def test_a_plain_activation_is_the_function_with_its_own_gradient(name: str) -> 
     for activation in model[1:]:
         if name in ("bsilu", "nelu"):
             surrogate = get_surrogate(name)
-            expected = surrogate.primitive(x, *surrogate.parameters.values())
+            expected = surrogate.evaluate(x)
         else:
             module = {"relu": nn.ReLU, "elu": nn.ELU, "selu": nn.SELU, "gelu": nn.GELU, "silu": nn.SiLU,
                       "mish": nn.Mish, "leaky_relu": nn.LeakyReLU}[name]()  # fmt: skip

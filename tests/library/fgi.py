@@ -21,6 +21,7 @@ PRIMITIVES: dict[str, Callable[..., Tensor]] = {
     "silu": F.silu,
     "mish": F.mish,
     "leaky_relu": F.leaky_relu,
+    "relu": lambda x, gain=1.0: gain * F.relu(x),
 }
 
 # Each surrogate with a parameter that is not its default, so that a dropped parameter shows.
@@ -33,6 +34,7 @@ SETTINGS: dict[str, dict[str, float]] = {
     "silu": {},
     "mish": {},
     "leaky_relu": {"negative_slope": 0.2},
+    "relu": {"gain": 1.3},
 }
 
 

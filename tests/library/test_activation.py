@@ -783,7 +783,7 @@ from timm_sugar import register_surrogate, sugar
 HEIGHT = float(sys.argv[1])
 def slope(x):
     return torch.full_like(x, HEIGHT)
-register_surrogate("mine", torch.relu, slope)
+register_surrogate("mine", derivative=slope)
 x = torch.ones(3, requires_grad=True)
 for _ in range(2):
     torch.compiler.reset()
@@ -904,7 +904,7 @@ def test_operator_passes_pytorchs_own_check() -> None:
 
 def test_registered_surrogate_takes_the_same_routes(monkeypatch: pytest.MonkeyPatch, compiler: None) -> None:
     monkeypatch.setattr(surrogate_module, "_surrogates", dict(surrogate_module._surrogates))
-    register_surrogate("mine", torch.relu, lambda x, a: torch.sigmoid(a * x), a=2.0)
+    register_surrogate("mine", derivative=lambda x, a: torch.sigmoid(a * x), a=2.0)
     for route in ("eager", "pickle", "fx", "export", "compile_aot_eager", "checkpoint"):
         x = bank_input().requires_grad_()
         y = {**COPIES, **WRAPPERS}[route](SUGAR(surrogate="mine", a=0.5))(x)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import UserDict
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from timm_sugar import SUGAR, diagnose
-from timm_sugar.diagnostics import watch
+from timm_sugar.diagnostics import track_activations
 
 
 def by_hand(model: nn.Module, batches: list[Tensor], dims: dict[str, int]) -> dict[str, tuple[float, float]]:
@@ -52,7 +54,7 @@ def batches() -> list[Tensor]:
 
 def test_counts_equal_the_collected_activations(batches: list[Tensor]) -> None:
     model = convnet()
-    with watch(model) as activations:
+    with track_activations(model) as activations:
         for batch in batches:
             model(batch)
     expected = by_hand(model, batches, {"2": 1, "4": 1, "7": 1})
@@ -66,7 +68,7 @@ def test_counts_equal_the_collected_activations(batches: list[Tensor]) -> None:
 
 def test_totals_weigh_units_and_elements(batches: list[Tensor]) -> None:
     model = convnet()
-    with watch(model) as activations:
+    with track_activations(model) as activations:
         for batch in batches:
             model(batch)
     layers = activations.layers.values()
@@ -79,7 +81,7 @@ def test_totals_weigh_units_and_elements(batches: list[Tensor]) -> None:
 def test_a_unit_is_dead_only_if_no_batch_wakes_it() -> None:
     model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU())
     model[0].weight.data = torch.eye(2)
-    with watch(model) as activations:
+    with track_activations(model) as activations:
         model(torch.tensor([[1.0, -1.0]]))
         assert activations.dead == 0.5
         model(torch.tensor([[-1.0, 1.0]]))
@@ -104,7 +106,7 @@ class Permuting(nn.Module):
 @pytest.mark.parametrize("training", [True, False])
 def test_units_are_found_where_the_channels_were_moved(training: bool) -> None:
     model = Permuting().train(training)
-    with watch(model) as activations:
+    with track_activations(model) as activations:
         model(torch.randn(2, 3, 4, 4))
     assert activations.layers["act"].active.shape == (6,)
     assert activations.layers["first"].active.shape == (3,)
@@ -123,7 +125,7 @@ def test_units_are_the_features_of_the_layer_before(name: str) -> None:
         elif isinstance(module, SUGAR):
             module.register_forward_hook(lambda m, x, y: expected.append(last[0]))
     size = 32 if "swin" in name else 160
-    with torch.no_grad(), watch(model) as activations:
+    with torch.no_grad(), track_activations(model) as activations:
         model(torch.randn(1, 3, size, size))
     assert expected
     assert [layer.active.numel() for layer in activations.layers.values()] == expected
@@ -132,7 +134,7 @@ def test_units_are_the_features_of_the_layer_before(name: str) -> None:
 def test_a_module_called_twice_has_two_entries() -> None:
     act = nn.ReLU()
     model = nn.Sequential(nn.Linear(4, 3), act, nn.Linear(3, 5), act)
-    with watch(model) as activations:
+    with track_activations(model) as activations:
         for _ in range(2):
             model(torch.randn(2, 4))
     shapes = {name: layer.active.numel() for name, layer in activations.layers.items()}
@@ -143,9 +145,9 @@ def test_the_model_is_left_as_it_was(batches: list[Tensor]) -> None:
     model = convnet()
     state = {k: v.clone() for k, v in model.state_dict().items()}
     plain = model(batches[0])
-    with watch(model):
+    with track_activations(model):
         assert torch.equal(model(batches[0]), plain)
-    with pytest.raises(RuntimeError, match="Expected"), watch(model):
+    with pytest.raises(RuntimeError, match="Expected"), track_activations(model):
         model(torch.randn(1, 7))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
@@ -155,7 +157,7 @@ def test_the_model_is_left_as_it_was(batches: list[Tensor]) -> None:
 def test_memory_does_not_grow_with_the_data(batches: list[Tensor]) -> None:
     model = convnet()
     sizes = []
-    with watch(model) as activations:
+    with track_activations(model) as activations:
         for batch in batches:
             model(batch)
             sizes.append(sum(layer.active.numel() + layer.zeros.numel() for layer in activations.layers.values()))
@@ -167,13 +169,13 @@ def test_no_gradient_is_changed(batches: list[Tensor]) -> None:
     model(batches[0]).sum().backward()
     plain = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    with watch(model):
+    with track_activations(model):
         model(batches[0]).sum().backward()
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), plain, strict=True))
 
 
 def test_nothing_seen_is_not_a_number() -> None:
-    with watch(nn.Linear(2, 2)) as activations:
+    with track_activations(nn.Linear(2, 2)) as activations:
         pass
     assert activations.dead != activations.dead
     assert activations.sparsity != activations.sparsity
@@ -341,3 +343,115 @@ def test_memory_of_a_diagnosis_does_not_grow_with_the_data(pairs: Pairs) -> None
         return sum(value.nbytes for layer in layers for value in vars(layer).values() if isinstance(value, Tensor))
 
     assert size(1) == size(5)
+
+
+# --- models and batches of other people
+
+
+def numbers(report: Any) -> list[dict[str, Any]]:
+    return [{key: str(value) for key, value in row.items() if key != "layer"} for row in report.rows()]
+
+
+def test_an_in_place_relu_may_come_first() -> None:
+    images = torch.randn(4, 3)
+    model = nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 2))
+    kept = images.clone()
+    expected = diagnose(nn.Sequential(nn.ReLU(), model[1]), [(images, torch.tensor([0, 1, 0, 1]))])
+    assert numbers(diagnose(model, [(images, torch.tensor([0, 1, 0, 1]))])) == numbers(expected)
+    assert torch.equal(images, kept)
+
+
+def test_integers_into_a_frozen_model_have_a_gradient_flow_too() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    tokens, target = torch.tensor([1, 5, 8]), torch.tensor([0, 1, 0])
+    expected = diagnose(model, [(tokens, target)])
+    assert expected.flow > 0
+    assert diagnose(model.requires_grad_(False), [(tokens, target)]).flow == expected.flow
+    assert not any(p.requires_grad for p in model.parameters())
+
+
+class Scalar(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x.sum()) * x
+
+
+def test_an_activation_of_no_dimensions_is_one_unit() -> None:
+    report = diagnose(Scalar(), [(torch.ones(2, 3), torch.tensor([0, 1]))])
+    assert (report.layers["act"].units, report.dead, report.sparsity) == (1, 0.0, 0.0)
+
+
+class Named(nn.Module):
+    """Called by names, and answering with an object, as models of transformers are."""
+
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.act, self.answer = nn.Linear(3, 4), nn.Linear(4, 2), nn.GELU(), answer
+
+    def forward(self, pixel_values: Tensor, scale: float = 1.0) -> Any:
+        logits = self.head(self.act(input=scale * self.body(pixel_values)))
+        return self.answer(logits)
+
+
+@pytest.mark.parametrize("answer", [lambda y: y, lambda y: {"logits": y}, lambda y: SimpleNamespace(logits=y)])
+@pytest.mark.parametrize("kind", [dict, UserDict])
+@pytest.mark.parametrize("key", ["labels", "label", "target"])
+def test_batches_may_be_dicts_and_outputs_may_hold_logits(answer: Any, kind: Any, key: str) -> None:
+    x, target = torch.randn(4, 3), torch.tensor([0, 1, 0, 1])
+    expected = numbers(diagnose(Named(lambda y: y), [(x, target)]))
+    assert numbers(diagnose(Named(answer), [kind({"pixel_values": x, key: target, "scale": 1.0})])) == expected
+
+
+def test_what_follows_the_targets_is_ignored_and_arrays_are_tensors(pairs: Pairs) -> None:
+    expected = numbers(diagnose(convnet(), pairs))
+    assert numbers(diagnose(convnet(), [(x, y, torch.ones(2)) for x, y in pairs])) == expected
+    assert numbers(diagnose(convnet(), [(x.numpy(), y.numpy()) for x, y in pairs])) == expected
+
+
+def test_inside_inference_mode_there_is_a_gradient_flow(pairs: Pairs) -> None:
+    expected = numbers(diagnose(convnet(), pairs))
+    model = convnet()
+    with torch.inference_mode():
+        inside = [(x.clone(), y.clone()) for x, y in pairs]
+        assert numbers(diagnose(model, inside)) == expected
+
+
+def test_nan_is_an_error_that_names_the_layer_and_not_a_dead_unit(pairs: Pairs) -> None:
+    broken = [(torch.full_like(x, torch.nan), y) for x, y in pairs]
+    with pytest.raises(ValueError, match="activation 2 is NaN on this data"):
+        diagnose(convnet(), broken)
+    model = convnet()
+    with track_activations(model) as activations, torch.no_grad():
+        model(broken[0][0])
+    assert activations.dead != activations.dead
+
+
+@pytest.mark.parametrize("tau", ["a", None, True, float("nan")])
+def test_a_tau_that_is_no_number_is_named(pairs: Pairs, tau: Any) -> None:
+    with pytest.raises(ValueError, match="tau must be a number, 0 or more"):
+        diagnose(convnet(), pairs, tau=tau)
+
+
+class Functional(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.act, self.head = nn.Linear(3, 8), F.relu, nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.act(self.body(x), inplace=True))
+
+
+def test_a_function_that_a_model_keeps_is_seen_as_its_module_would_be() -> None:
+    x, target = torch.randn(5, 3), torch.tensor([0, 1, 0, 1, 1])
+    model = Functional()
+    report = diagnose(model, [(x, target)])
+    assert list(report.layers) == ["act"]
+    assert model.act is F.relu
+    twin = nn.Sequential(model.body, nn.ReLU(), model.head)
+    assert numbers(report) == numbers(diagnose(twin, [(x, target)]))

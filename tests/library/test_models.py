@@ -25,8 +25,10 @@ from torch import nn
 
 import timm_sugar
 from timm_sugar import SUGAR
+from timm_sugar import surrogate as surrogate_module
 from timm_sugar.models import sugar as models
 from timm_sugar.models._weights import SugarTag
+from timm_sugar.surrogate import get_surrogate, register_surrogate
 
 BASES = [name for name in timm.list_models() if not name.endswith("_sugar")]
 REGISTERED = [name for name in timm.list_models() if name.endswith("_sugar")]
@@ -240,10 +242,12 @@ def test_unknown_argument_is_a_type_error(base: str) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
-        ({"surrogate": "relu"}, ValueError, "unknown surrogate 'relu'; choose one of bsilu"),
+        ({"surrogate": "tanh"}, ValueError, "unknown surrogate 'tanh'; choose one of bsilu"),
+        ({"surrogate": get_surrogate("nelu")}, TypeError, "create_model takes JSON values"),
+        ({"surrogate": {"*": "tanh"}}, ValueError, "unknown surrogate 'tanh'"),
         ({"surrogate": "gelu", "alpha": 1.0}, TypeError, "'gelu' has no parameter 'alpha'"),
-        ({"alpha": float("nan")}, ValueError, "alpha .* finite and positive"),
-        ({"alpha": -1.0}, ValueError, "alpha .* finite and positive"),
+        ({"alpha": float("nan")}, ValueError, "alpha .* finite and 0 or more"),
+        ({"alpha": -1.0}, ValueError, "alpha .* finite and 0 or more"),
         ({"alpha": "1.0"}, TypeError, "alpha .* must be a number"),
     ],
 )
@@ -253,6 +257,38 @@ def test_bad_surrogate_arguments_are_refused_before_anything_is_built(
     monkeypatch.setattr(nn.Conv2d, "__init__", lambda *_, **__: pytest.fail("a layer was built"))
     with pytest.raises(error, match=message):
         timm.create_model("resnet18_sugar", **kwargs)
+
+
+def test_surrogate_may_be_chosen_by_layer_with_values_that_json_can_hold() -> None:
+    by_layer = json.loads('{"layer1.*": {"surrogate": "nelu", "alpha": 0.05}, "layer[23].*": "same", "*": "gelu"}')
+    model = build("test_resnet_sugar", surrogate=by_layer)
+    found = {name: (m.surrogate, *m.values) for name, m in model.named_modules() if isinstance(m, SUGAR)}
+    for name, settings in found.items():
+        layer = name.partition(".")[0]
+        assert settings == {"layer1": ("nelu", 0.05), "layer2": ("relu", 1.0), "layer3": ("relu", 1.0)}.get(
+            layer, ("gelu",)
+        )
+    assert {settings[0] for settings in found.values()} == {"nelu", "relu", "gelu"}
+
+
+def test_parameters_of_a_registered_surrogate_are_those_of_its_models_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ResNet has an argument `zero_init_last`: a surrogate with a parameter of that name takes it from no other."""
+    monkeypatch.setattr(surrogate_module, "_surrogates", dict(surrogate_module._surrogates))
+    register_surrogate("mine", derivative=lambda x, zero_init_last: torch.sigmoid(x), zero_init_last=1.0)
+    assert build("test_resnet_sugar", zero_init_last=False).layer1[0].bn2.weight.sum() > 0
+    assert {m.surrogate for m in build("test_resnet_sugar", surrogate="mine").modules() if isinstance(m, SUGAR)} == {
+        "mine"
+    }
+
+
+@pytest.mark.parametrize("filter", ["", "resnet18*", ["resnet18*", "swin_tiny*"], "*.nelu_*"])
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_list_models_lists_what_timm_does_but_only_ours(filter: str | list[str], pretrained: bool) -> None:
+    listed = timm_sugar.list_models(filter, pretrained=pretrained)
+    everything = timm.list_models(filter, pretrained=pretrained)
+    assert listed == [name for name in everything if name.split(".")[0].endswith("_sugar")]
+    assert all(timm.is_model(name) for name in listed)
+    assert len(timm_sugar.list_models()) > 1000
 
 
 @pytest.mark.parametrize("base", SMALL)

@@ -19,7 +19,8 @@ from fgi import FGI, inject, slope
 from timm.models.nfnet import GammaAct
 from torch import Tensor, nn
 
-from timm_sugar import SUGAR, sugarize, to_relu
+from timm_sugar import SUGAR, get_surrogate, list_activations, replace_activations, sugarize, sugarized, to_relu
+from timm_sugar._places import find_places
 from timm_sugar.activation import FunctionalSUGAR
 
 JIT_IS_DEPRECATED = pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
@@ -31,7 +32,7 @@ HIDDEN = [
     *[timm_layers_me.SwishMe, timm_layers_me.MishMe, timm_layers_me.HardSwishMe, timm_layers_me.HardMishMe],
 ]
 NEVER = [
-    *[nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Hardtanh, nn.Softmax, nn.LogSoftmax, nn.PReLU, nn.Softplus, nn.GLU],
+    *[nn.Sigmoid, nn.Hardsigmoid, nn.Tanh, nn.Hardtanh, nn.Softmax, nn.LogSoftmax, nn.PReLU, nn.GLU],
     *[nn.Identity, nn.LogSigmoid, nn.Softsign, nn.Threshold, nn.Tanhshrink],
     *[timm_layers.Sigmoid, timm_layers.HardSigmoid, timm_layers.Tanh, timm_layers.PReLU],
     timm_layers_me.HardSigmoidMe,
@@ -90,8 +91,18 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def types(model: nn.Module) -> list[str]:
-    return [type(m).__name__ for m in model.modules()]
+def report(model: nn.Module, *arguments: Any, **options: Any) -> dict[str, str]:
+    """What `sugarize` replaced: type by name."""
+    before = {place.name: place for place in find_places(model)}
+    kinds = list_activations(model)
+    nodes = {name: place.key.target for name, place in before.items() if isinstance(place.key, torch.fx.Node)}
+    assert sugarize(model, *arguments, **options) is model
+    after = {place.name: place.activation for place in find_places(model)}
+    return {
+        name: kinds[name]
+        for name, place in before.items()
+        if (place.key.target is not nodes[name] if name in nodes else after[name] is not place.activation)
+    }
 
 
 # --- which types
@@ -101,7 +112,7 @@ def types(model: nn.Module) -> list[str]:
 def test_hidden_activation_is_replaced(kind: Any) -> None:
     model = nn.Sequential(nn.Linear(2, 2), build(kind))
     original = type(model[1]).__name__
-    assert sugarize(model) == {"1": original}
+    assert report(model) == {"1": original}
     assert type(model[1]) is SUGAR
 
 
@@ -109,7 +120,7 @@ def test_hidden_activation_is_replaced(kind: Any) -> None:
 def test_gate_is_never_replaced(kind: Any) -> None:
     model = nn.Sequential(OrderedDict(gate=build(kind), act=nn.ReLU()))
     gate = model.gate
-    assert sugarize(model) == {"act": "ReLU"}
+    assert report(model) == {"act": "ReLU"}
     assert model.gate is gate
     with pytest.raises(ValueError, match="nothing to replace"):
         sugarize(nn.Sequential(build(kind)))
@@ -120,7 +131,7 @@ def test_gate_is_never_replaced(kind: Any) -> None:
 def test_function_kept_as_an_attribute_is_replaced(function: Callable[..., Tensor], partial: bool) -> None:
     model = net(functools.partial(function) if partial else function)
     name = getattr(function, "__name__", "")
-    assert sugarize(model, filter=lambda place, _: place == "act_fn") == {"act_fn": name}
+    assert report(model, filter_fn=lambda _, place: place == "act_fn") == {"act_fn": name}
     x = torch.tensor([-1.5, 2.0], dtype=torch.float64, requires_grad=True)
     (grad,) = torch.autograd.grad(model.act_fn(x, inplace=True).sum(), x)
     torch.testing.assert_close(grad, slope(x))
@@ -130,7 +141,7 @@ def test_function_kept_as_an_attribute_is_replaced(function: Callable[..., Tenso
 @pytest.mark.parametrize("function", NEVER_FUNCTIONS, ids=name_of)
 def test_function_that_is_a_gate_is_never_replaced(function: Callable[..., Tensor]) -> None:
     model = net(function)
-    assert sugarize(model) == {"act": "SiLU"}
+    assert report(model) == {"act": "SiLU"}
     assert model.act_fn is function
 
 
@@ -148,8 +159,8 @@ def test_subclass_of_an_activation_that_may_compute_something_else_is_left() -> 
 
 def test_own_model_computes_relu_and_has_the_surrogates_gradient() -> None:
     model, x = net(), net_input()
-    report = sugarize(model, "nelu", alpha=0.3)
-    assert report == {"act": "SiLU", "act_fn": "gelu"}
+    replaced = report(model, "nelu", alpha=0.3)
+    assert replaced == {"act": "SiLU", "act_fn": "gelu"}
     assert type(model.gate) is nn.Sigmoid
     oracle = net()
     oracle.act = FGI("nelu", alpha=0.3)
@@ -173,7 +184,7 @@ def test_shared_instance_is_replaced_once_and_everywhere() -> None:
     act = nn.ReLU(inplace=True)
     block = nn.Sequential(nn.Linear(2, 2), act)
     model = nn.ModuleDict({"a": act, "block": block, "again": block, "b": nn.Sequential(act), "own": nn.ReLU()})
-    assert sugarize(model) == {"a": "ReLU", "block.1": "ReLU", "b.0": "ReLU", "own": "ReLU"}
+    assert report(model) == {"a": "ReLU", "block.1": "ReLU", "b.0": "ReLU", "own": "ReLU"}
     assert model["a"] is model["block"][1] is model["b"][0]
     assert model["again"] is model["block"]
     assert model["own"] is not model["a"]
@@ -251,7 +262,7 @@ def test_second_call_changes_nothing() -> None:
     model = net()
     sugarize(model, "nelu", alpha=0.05)
     before = [model.act, model.act_fn]
-    assert sugarize(model, "nelu", alpha=0.05) == {}
+    assert report(model, "nelu", alpha=0.05) == {}
     assert [model.act, model.act_fn] == before
 
 
@@ -260,7 +271,7 @@ def test_surrogate_is_set_again(settings: dict[str, Any]) -> None:
     model = net()
     sugarize(model)
     kinds = type(model.act), type(model.act_fn)
-    assert sugarize(model, **settings) == {"act": "SUGAR", "act_fn": "FunctionalSUGAR"}
+    assert report(model, **settings) == {"act": "SUGAR", "act_fn": "FunctionalSUGAR"}
     assert repr(model.act) == repr(SUGAR(**settings))
     assert (type(model.act), type(model.act_fn)) == kinds
     x = torch.tensor([-0.7, 0.4], dtype=torch.float64, requires_grad=True)
@@ -272,18 +283,18 @@ def test_filter_takes_name_and_activation() -> None:
     seen = []
     model = nn.Sequential(nn.ReLU(), nn.Sequential(nn.GELU(), nn.ReLU()))
 
-    def only_gelu(name: str, activation: Any) -> bool:
+    def only_gelu(activation: Any, name: str) -> bool:
         seen.append((name, activation))
         return isinstance(activation, nn.GELU)
 
-    assert sugarize(model, filter=only_gelu) == {"1.0": "GELU"}
+    assert report(model, filter_fn=only_gelu) == {"1.0": "GELU"}
     assert [name for name, _ in seen] == ["0", "1.0", "1.1"]
     assert [type(m) for m in (model[0], model[1][0], model[1][1])] == [nn.ReLU, SUGAR, nn.ReLU]
 
 
 def test_filter_that_leaves_nothing_raises() -> None:
     with pytest.raises(ValueError, match=r"nothing to replace in Net.*filter"):
-        sugarize(net(), filter=lambda *_: False)
+        sugarize(net(), filter_fn=lambda *_: False)
 
 
 @pytest.mark.parametrize("model", [nn.Linear(2, 2), nn.Sequential(nn.Sigmoid(), nn.Tanh()), nn.ModuleList()])
@@ -294,10 +305,16 @@ def test_nothing_to_replace_raises(model: nn.Module) -> None:
         to_relu(model)
 
 
-@pytest.mark.parametrize("model", [nn.ReLU(), nn.GELU(), timm_layers.GELU(), SUGAR()])
-def test_model_that_is_an_activation_itself_raises(model: nn.Module) -> None:
-    with pytest.raises(ValueError, match="activation itself"):
-        sugarize(model)
+@pytest.mark.parametrize("model", [nn.ReLU(), nn.GELU(), timm_layers.GELU(), SUGAR(surrogate="selu")])
+def test_model_that_is_an_activation_itself_comes_back_as_a_new_module(model: nn.Module) -> None:
+    calls: list[int] = []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    new = sugarize(model.eval(), "nelu", alpha=0.3)
+    assert new is not model
+    assert (new.surrogate, new.values, new.training) == ("nelu", [0.3], False)
+    new(torch.zeros(1))
+    assert calls == [1]
+    assert type(to_relu(new)) is nn.ReLU
 
 
 @pytest.mark.parametrize(
@@ -307,7 +324,7 @@ def test_model_that_is_an_activation_itself_raises(model: nn.Module) -> None:
         ({"alpha": float("nan")}, ValueError),
         ({"alpha": "1"}, TypeError),
         ({"beta": 1.0}, TypeError),
-        ({"filter": lambda *_: 1 / 0}, ZeroDivisionError),
+        ({"filter_fn": lambda *_: 1 / 0}, ZeroDivisionError),
     ],
 )
 def test_bad_settings_leave_the_model_unchanged(bad: dict[str, Any], error: type[Exception]) -> None:
@@ -340,7 +357,7 @@ def test_torchvision_models_have_the_gradients_of_forward_gradient_injection(nam
     model = create().double().eval()
     oracle = inject(copy.deepcopy(model), (nn.ReLU, nn.GELU, nn.Hardswish))
     gates = [m for m in model.modules() if isinstance(m, (nn.Hardsigmoid, nn.Sigmoid))]
-    assert set(sugarize(model).values()) == expected
+    assert set(report(model).values()) == expected
     assert [m for m in model.modules() if isinstance(m, (nn.Hardsigmoid, nn.Sigmoid))] == gates
     x = torch.randn(2, 3, size, size, dtype=torch.float64)
     torch.testing.assert_close(model(x), oracle(x), rtol=1e-10, atol=1e-12)
@@ -390,7 +407,7 @@ def test_transformer_encoder_computes_the_same_fast_and_slow(activation: Any, co
 @pytest.mark.parametrize("name", ["relu", "gelu", "silu"])
 def test_gamma_act_of_timm_keeps_its_scale(name: str) -> None:
     model = nn.Sequential(GammaAct(name, gamma=1.7))
-    assert list(sugarize(model)) == ["0.act_fn"]
+    assert list(report(model)) == ["0.act_fn"]
     x = torch.linspace(-3, 3, 13, dtype=torch.float64, requires_grad=True)
     y = model(x)
     assert torch.equal(y, F.relu(x) * 1.7)
@@ -446,18 +463,18 @@ def calls_input() -> Tensor:
 
 def test_calls_in_a_traced_graph_are_replaced() -> None:
     traced, x = torch.fx.symbolic_trace(calls()), calls_input()
-    report = sugarize(traced, "nelu", alpha=0.3)
-    assert sorted(report.values()) == ["SiLU", "gelu", "relu", "relu", "relu", "relu_"]
+    replaced = report(traced, "nelu", alpha=0.3)
+    assert sorted(replaced.values()) == ["SiLU", "gelu", "relu", "relu", "relu", "relu_"]
     oracle = calls(OracleCalls)
     torch.testing.assert_close(traced(x), oracle(x), rtol=1e-12, atol=0.0)
     torch.testing.assert_close(gradients(traced, x), gradients(oracle, x), rtol=1e-9, atol=1e-12)
-    assert sugarize(traced, "nelu", alpha=0.3) == {}
+    assert report(traced, "nelu", alpha=0.3) == {}
 
 
 def test_traced_graph_inside_a_model_is_reached() -> None:
     model, x = nn.Sequential(nn.Linear(4, 4).double(), torch.fx.symbolic_trace(calls())), calls_input()
-    report = sugarize(model, "nelu", alpha=0.3)
-    assert all(name.startswith("1.") for name in report)
+    replaced = report(model, "nelu", alpha=0.3)
+    assert all(name.startswith("1.") for name in replaced)
     oracle = nn.Sequential(model[0], calls(OracleCalls))
     torch.testing.assert_close(gradients(model, x), gradients(oracle, x), rtol=1e-9, atol=1e-12)
 
@@ -478,7 +495,7 @@ def test_model_with_calls_alone_raises() -> None:
 
     with pytest.raises(ValueError, match="nothing to replace in Alone"):
         sugarize(Alone())
-    assert sugarize(torch.fx.symbolic_trace(Alone())) == {"relu": "relu"}
+    assert report(torch.fx.symbolic_trace(Alone())) == {"relu": "relu"}
 
 
 # --- deployment
@@ -537,10 +554,10 @@ def test_relu_model_holds_nothing_of_this_package(name: str) -> None:
         to_relu(model)
 
 
-def test_report_of_to_relu_names_what_was_replaced() -> None:
+def test_relu_model_has_modules_where_modules_were_and_functions_where_functions_were() -> None:
     model = net()
     sugarize(model)
-    assert to_relu(model) == ["act", "act_fn"]
+    assert to_relu(model) is model
     assert type(model.act) is nn.ReLU
     assert model.act_fn is F.relu
 
@@ -550,5 +567,258 @@ def test_round_trip_gives_the_surrogate_back() -> None:
     sugarize(model, "nelu", alpha=0.3)
     expected = gradients(model, x)
     to_relu(model)
-    assert sugarize(model, "nelu", alpha=0.3) == {"act": "ReLU", "act_fn": "relu"}
+    assert report(model, "nelu", alpha=0.3) == {"act": "ReLU", "act_fn": "relu"}
     torch.testing.assert_close(gradients(model, x), expected, rtol=0, atol=0)
+
+
+# --- which surrogate
+
+
+def settings(model: nn.Module) -> dict[str, tuple[str, list[float]]]:
+    return {place.name: place.settings() or ("", []) for place in find_places(model)}
+
+
+def test_patterns_choose_by_name_and_the_first_match_wins() -> None:
+    def block() -> nn.Module:
+        return nn.Sequential(nn.ReLU(), nn.Linear(2, 2), nn.GELU())
+
+    model = nn.ModuleDict({"early": block(), "late": block(), "head": nn.ReLU()})
+    sugarize(model, {"late.*": get_surrogate("nelu", alpha=0.05), "*.2": "gelu", "early*": "bsilu"})
+    nelu = ("nelu", [0.05])
+    expected = {"early.0": ("bsilu", [1.67]), "early.2": ("gelu", []), "late.0": nelu, "late.2": nelu, "head": ("", [])}
+    assert settings(model) == expected
+    assert type(model["head"]) is nn.ReLU
+
+
+@pytest.mark.parametrize(
+    ("bad", "error", "message"),
+    [
+        ({"surrogate": {"layer9.*": "nelu"}}, ValueError, "layer9"),
+        ({"surrogate": {"act": "nope"}}, ValueError, "unknown surrogate 'nope'"),
+        ({"surrogate": {"act": "nelu"}, "alpha": 1.0}, TypeError, "values of the patterns"),
+        ({"surrogate": "same", "alpha": 1.0}, TypeError, "'same' takes its parameters from the activations"),
+    ],
+)
+def test_bad_patterns_are_named(bad: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = net()
+    with pytest.raises(error, match=message):
+        sugarize(model, **bad)
+    assert type(model.act) is nn.SiLU
+
+
+SAME = [
+    *[(nn.ReLU(), ("relu", [1.0])), (nn.ReLU6(), ("relu", [1.0])), (nn.LeakyReLU(0.3), ("leaky_relu", [0.3]))],
+    *[(nn.RReLU(0.1, 0.3), ("leaky_relu", [0.2])), (nn.ELU(0.5), ("elu", [0.5])), (nn.SELU(), ("selu", []))],
+    *[(nn.GELU(), ("gelu", [])), (nn.SiLU(), ("silu", [])), (nn.Hardswish(), ("silu", [])), (nn.Mish(), ("mish", []))],
+    *[(timm_layers.QuickGELU(), ("gelu", [])), (timm_layers_me.HardMishMe(), ("mish", []))],
+]
+
+
+@pytest.mark.parametrize(("activation", "expected"), SAME, ids=lambda value: type(value).__name__)
+def test_same_keeps_the_derivative_of_what_it_replaces(
+    activation: nn.Module, expected: tuple[str, list[float]]
+) -> None:
+    model = sugarize(nn.Sequential(activation), "same")
+    assert settings(model) == {"0": (expected[0], pytest.approx(expected[1]))}
+    sugarize(model, "same")
+    assert settings(model) == {"0": (expected[0], pytest.approx(expected[1]))}
+
+
+@pytest.mark.parametrize("activation", [F.gelu, functools.partial(F.leaky_relu, negative_slope=0.3), F.silu, F.elu])
+def test_same_keeps_the_gradient_of_a_smooth_function(activation: Callable[..., Tensor]) -> None:
+    model, x = net(activation), torch.linspace(-3, 3, 14, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(activation(x).sum(), x)
+    sugarize(model, "same")
+    (grad,) = torch.autograd.grad(model.act_fn(x).sum(), x)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_same_reaches_calls_in_a_graph() -> None:
+    traced = torch.fx.symbolic_trace(calls())
+    sugarize(traced, "same")
+    kinds = [module.surrogate for module in traced.modules() if isinstance(module, SUGAR)]
+    assert sorted(kinds) == ["gelu", "relu", "relu", "relu", "relu", "silu"]
+
+
+# --- undo, exchange, list
+
+
+@pytest.mark.parametrize("make", [net, lambda: torch.fx.symbolic_trace(calls())])
+def test_sugarized_gives_the_very_activations_back(make: Callable[[], nn.Module]) -> None:
+    model = make()
+    x = calls_input() if isinstance(model, torch.fx.GraphModule) else net_input()
+    before, modules, expected = list_activations(model), list(model.modules()), model(x)
+    with sugarized(model, "nelu", alpha=0.3) as inside:
+        assert inside is model
+        assert not torch.equal(model(x), expected)
+    with pytest.raises(ZeroDivisionError), sugarized(model):
+        raise ZeroDivisionError
+    assert list_activations(model) == before
+    assert list(model.modules()) == modules
+    assert torch.equal(model(x), expected)
+
+
+def test_list_names_type_of_every_activation_replaced_or_not() -> None:
+    model = net()
+    assert list_activations(model) == {"act": "SiLU", "act_fn": "gelu"}
+    sugarize(model, filter_fn=lambda module, _: module is F.gelu)
+    assert list_activations(model) == {"act": "SiLU", "act_fn": "FunctionalSUGAR"}
+    assert list_activations(nn.Linear(2, 2)) == {}
+
+
+def test_replacing_keeps_shared_instances_shared_and_knows_the_fused_path_of_transformers() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dtype=torch.float64).eval()
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    replace_activations(sugarize(layer), lambda: nn.Tanh())
+    slow = layer(x)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), slow)
+    act = SUGAR()
+    shared = replace_activations(nn.Sequential(act, nn.Linear(2, 2), act), nn.GELU)
+    assert type(shared[0]) is nn.GELU
+    assert shared[0] is shared[2]
+    with pytest.raises(ValueError, match="no SUGAR module"):
+        replace_activations(shared, nn.GELU)
+
+
+@pytest.mark.parametrize("function", [sugarize, to_relu, list_activations])
+@pytest.mark.parametrize("bad", ["resnet18", None, 3, F.relu, nn.ReLU])
+def test_what_is_no_module_is_a_type_error(function: Callable[..., Any], bad: Any) -> None:
+    with pytest.raises(TypeError, match=r"needs an nn.Module, not"):
+        function(bad)
+
+
+# --- the fused path of nn.TransformerEncoderLayer belongs to its attribute `activation` alone
+
+
+class OwnActivation(nn.TransformerEncoderLayer):
+    def __init__(self) -> None:
+        super().__init__(8, 2, 16, activation=nn.PReLU(dtype=torch.float64), batch_first=True, dtype=torch.float64)
+        self.own = nn.ReLU()
+
+
+@pytest.mark.parametrize("make", [OwnActivation, lambda: nn.TransformerEncoderLayer(
+    8, 2, 16, activation="gelu", batch_first=True, dtype=torch.float64)])  # fmt: skip
+def test_fused_path_computes_what_the_slow_one_does_if_another_activation_is_replaced(make: Any) -> None:
+    torch.manual_seed(0)
+    layer = make().eval()
+    model = nn.ModuleDict({"layer": layer, "act": nn.ReLU()})
+    sugarize(model, filter_fn=lambda module, name: name in ("act", "layer.own"))
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    slow = layer(x)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), slow, rtol=1e-10, atol=1e-12)
+
+
+# --- what can't be replaced is named, and all of it is replaced or none
+
+
+class Holder(nn.Module):
+    acts_of_class = (nn.ReLU(),)
+    default_act = nn.SiLU()
+    of_class = staticmethod(F.gelu)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.in_list, self.in_dict, self.in_tuple = [nn.ReLU()], {"a": F.relu}, (F.gelu,)
+        self.in_lambda = lambda x: F.relu(x)
+        self.bound = self.own_method
+        self.smooth = Smooth()
+        self.act = self.default_act
+
+    def own_method(self, x: Tensor) -> Tensor:
+        return F.silu(x)
+
+
+class Smooth(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(4 * x)
+
+
+class Nothing(nn.GELU):
+    """A subclass that adds nothing."""
+
+
+@JIT_IS_DEPRECATED
+def test_what_is_left_is_named_in_one_warning() -> None:
+    model = nn.ModuleDict({"h": Holder(), "scripted": torch.jit.script(nn.ReLU())})
+    with pytest.warns(UserWarning, match="left activations of ModuleDict") as caught:
+        sugarize(model)
+    assert len(caught) == 1
+    text = str(caught[0].message)
+    for name in ("in_list", "in_dict", "in_tuple", "in_lambda", "bound", "of_class", "acts_of_class", "smooth"):
+        assert f"h.{name} (" in text
+    assert "scripted (a scripted ReLU)" in text
+    assert "types=(Smooth,)" in text
+    assert "default_act" not in text  # it is the instance that was replaced
+    assert type(model["h"].act) is SUGAR
+
+
+def test_types_of_ones_own_and_subclasses_that_add_nothing_are_replaced() -> None:
+    model = nn.Sequential(Smooth(), Nothing())
+    sugarize(model, types=(Smooth,))
+    assert [type(module) for module in model] == [SUGAR, SUGAR]
+    with pytest.raises(ValueError, match="no surrogate has the derivative of Smooth"):
+        sugarize(nn.Sequential(Smooth()), "same", types=(Smooth,))
+
+
+def test_error_names_what_was_seen_and_the_way_through_a_graph() -> None:
+    with pytest.raises(ValueError, match=r"0 \(Smooth behaves like a smooth ReLU.*symbolic_trace"):
+        sugarize(nn.Sequential(Smooth()))
+
+
+class Stubborn(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU()
+        self.closed = True
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if getattr(self, "closed", False):
+            raise AttributeError("closed")
+        super().__setattr__(name, value)
+
+
+def test_a_module_that_refuses_leaves_the_whole_model_as_it_was() -> None:
+    model = nn.Sequential(nn.ReLU(), nn.Sequential(nn.GELU()), Stubborn(), nn.SiLU())
+    before = list(model.modules())
+    with pytest.raises(ValueError, match=r"2.act can't be replaced \(closed\)"):
+        sugarize(model)
+    assert list(model.modules()) == before
+
+
+def test_attributes_of_an_activation_carry_over_and_a_wrapped_forward_is_refused() -> None:
+    model = nn.Sequential(nn.ELU(0.5), nn.ReLU())
+    model[0].note = "mine"  # type: ignore[assignment]
+    sugarize(model, "nelu", alpha=0.3)
+    assert model[0].note == "mine"
+    assert repr(model[0]) == "SUGAR(surrogate='nelu', alpha=0.3)"
+    wrapped = nn.Sequential(nn.GELU(), nn.ReLU())
+    wrapped[1].forward = functools.partial(nn.ReLU.forward, wrapped[1])  # as accelerate's add_hook_to_module
+    with pytest.raises(ValueError, match="1: its forward was replaced"):
+        sugarize(wrapped)
+    assert type(wrapped[0]) is nn.GELU
+
+
+CALLS = [
+    *[
+        (F.leaky_relu, (), {"negative_slope": 0.2}),
+        (F.leaky_relu, (0.2, True), {}),
+        (F.elu, (0.5,), {"inplace": False}),
+    ],
+    *[(F.rrelu, (0.1, 0.3, False, False), {}), (F.rrelu, (), {"lower": 0.1, "upper": 0.3, "training": False})],
+    *[(F.gelu, (), {"approximate": "tanh"}), (F.celu, (0.5, False), {}), (F.celu, (), {"alpha": 0.5})],
+]
+
+
+@pytest.mark.parametrize(("function", "arguments", "options"), CALLS, ids=lambda value: getattr(value, "__name__", ""))
+def test_a_replaced_function_is_called_like_the_function(
+    function: Any, arguments: tuple[Any, ...], options: dict[str, Any]
+) -> None:
+    model, x = net(function), torch.tensor([-1.0, 2.0])
+    function(x.clone(), *arguments, **options)
+    sugarize(model)
+    assert torch.equal(model.act_fn(x, *arguments, **options), F.relu(x))
+    assert torch.equal(model.act_fn(input=x, **options), F.relu(x))
+    assert torch.equal(model.act(input=x), F.relu(x))

@@ -9,8 +9,11 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from fgi import PRIMITIVES, SETTINGS, slope
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from timm_sugar import SUGAR, list_surrogates, register_surrogate, sugar
 from timm_sugar import surrogate as module
-from timm_sugar.surrogate import get_surrogate, resolve_parameters, surrogate_derivative
+from timm_sugar.surrogate import get_surrogate, surrogate_derivative
 
 NAMES = sorted(SETTINGS)
 DEFAULTS = {  # bsilu and nelu: the paper's; the others: PyTorch's
@@ -30,6 +33,7 @@ DEFAULTS = {  # bsilu and nelu: the paper's; the others: PyTorch's
     "silu": {},
     "mish": {},
     "leaky_relu": {"negative_slope": 0.01},
+    "relu": {"gain": 1.0},
 }
 PARAMETERS = [(name, key) for name, values in DEFAULTS.items() for key in values]
 OFF_ZERO = torch.cat([torch.linspace(-12, -0.01, 200), torch.linspace(0.01, 12, 200)]).double()
@@ -43,7 +47,7 @@ def _own_table(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def derivative(x: Tensor, name: str, **parameters: float) -> Tensor:
-    return surrogate_derivative(x, name, resolve_parameters(name, parameters))
+    return surrogate_derivative(x, name, get_surrogate(name, **parameters).values)
 
 
 def at(name: str, *points: float, **parameters: float) -> list[float]:
@@ -53,14 +57,14 @@ def at(name: str, *points: float, **parameters: float) -> list[float]:
 # --- the table
 
 
-def test_the_eight_surrogates_of_the_paper_are_there() -> None:
+def test_the_eight_surrogates_of_the_paper_and_relu_itself_are_there() -> None:
     assert list_surrogates() == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_default_parameters(name: str) -> None:
     assert get_surrogate(name).parameters == DEFAULTS[name]
-    assert resolve_parameters(name, {}) == list(DEFAULTS[name].values())
+    assert get_surrogate(name).values == list(DEFAULTS[name].values())
 
 
 def test_nelu_does_not_run_with_the_alpha_of_bsilu() -> None:
@@ -73,7 +77,7 @@ def test_nelu_does_not_run_with_the_alpha_of_bsilu() -> None:
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("default", [True, False])
 def test_derivative_is_the_central_difference_of_the_primitive(name: str, default: bool) -> None:
-    values = resolve_parameters(name, {} if default else SETTINGS[name])
+    values = get_surrogate(name, **({} if default else SETTINGS[name])).values
     primitive, h = get_surrogate(name).primitive, 1e-5
     difference = (primitive(OFF_ZERO + h, *values) - primitive(OFF_ZERO - h, *values)) / (2 * h)
     torch.testing.assert_close(surrogate_derivative(OFF_ZERO, name, values), difference, rtol=1e-9, atol=1e-9)
@@ -90,8 +94,8 @@ def test_derivative_is_what_autograd_makes_of_an_independent_primitive(name: str
 
 @pytest.mark.parametrize("name", NAMES)
 def test_primitive_equals_an_independent_one(name: str) -> None:
-    values = resolve_parameters(name, SETTINGS[name])
-    torch.testing.assert_close(get_surrogate(name).primitive(WIDE, *values), PRIMITIVES[name](WIDE, **SETTINGS[name]))
+    ours = get_surrogate(name, **SETTINGS[name]).evaluate(WIDE)
+    torch.testing.assert_close(ours, PRIMITIVES[name](WIDE, **SETTINGS[name]))
 
 
 @pytest.mark.parametrize(
@@ -192,7 +196,7 @@ def test_derivative_leaves_its_input_alone(name: str) -> None:
 # --- names and parameters
 
 
-@pytest.mark.parametrize("bad", ["relu", "", "BSILU", None, 3, ["bsilu"]])
+@pytest.mark.parametrize("bad", ["tanh", "", "BSILU", None, 3, ["bsilu"]])
 def test_unknown_surrogate_is_answered_with_the_names(bad: object) -> None:
     with pytest.raises(ValueError, match="unknown surrogate") as caught:
         sugar(torch.zeros(1), bad)  # type: ignore[arg-type]
@@ -212,10 +216,10 @@ def test_unknown_parameter_is_named_with_those_that_exist(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "key"), PARAMETERS)
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -1.0, -1e-9, 0, 0.0, -0.0, -3])
-def test_parameter_that_is_not_finite_and_positive_is_named(name: str, key: str, bad: float) -> None:
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, -1.0, -1e-9, -3])
+def test_parameter_that_is_not_finite_or_below_zero_is_named(name: str, key: str, bad: float) -> None:
     for call in (lambda: sugar(torch.zeros(1), name, **{key: bad}), lambda: SUGAR(surrogate=name, **{key: bad})):
-        with pytest.raises(ValueError, match=f"{key} of surrogate '{name}' must be finite and positive") as caught:
+        with pytest.raises(ValueError, match=f"{key} of surrogate '{name}' must be finite and 0 or more") as caught:
             call()
         assert repr(bad) in str(caught.value)
 
@@ -234,8 +238,42 @@ def test_an_integer_beyond_floating_point_is_refused() -> None:
         SUGAR(alpha=10**400)
 
 
+@pytest.mark.parametrize(
+    "two", [2, np.float64(2), np.float32(2), np.int64(2), Fraction(2)], ids=lambda two: type(two).__name__
+)
+def test_every_real_number_is_one(two: Any) -> None:
+    assert get_surrogate("bsilu", alpha=two).values == SUGAR(alpha=two).values == [2.0]
+    assert type(get_surrogate("bsilu", alpha=two).values[0]) is float
+
+
+@pytest.mark.parametrize(
+    ("name", "limit"), [("bsilu", "silu"), ("nelu", "relu"), ("elu", "relu"), ("leaky_relu", "relu")]
+)
+def test_a_parameter_of_zero_gives_the_limit(name: str, limit: str) -> None:
+    (key,) = DEFAULTS[name]
+    for zero in (0, 0.0, -0.0):
+        torch.testing.assert_close(derivative(OFF_ZERO, name, **{key: zero}), derivative(OFF_ZERO, limit))
+
+
+def test_a_parameter_that_the_formula_divides_by_is_not_zero() -> None:
+    register_surrogate("hill", derivative=lambda x, a: 1 / (1 + (x / a) ** 2), a=1.0)
+    with pytest.raises(ValueError, match="a of surrogate 'hill' must be finite and positive, not 0"):
+        get_surrogate("hill", a=0)
+
+
+def test_a_surrogate_stands_wherever_a_name_does() -> None:
+    chosen = get_surrogate("nelu", alpha=0.3)
+    x = torch.linspace(-3, 3, 13, dtype=torch.float64, requires_grad=True)
+    expected = slope(x, "nelu", alpha=0.3)
+    for call in (lambda: sugar(x, chosen), lambda: SUGAR(surrogate=chosen)(x), lambda: sugar(x, "nelu", alpha=0.3)):
+        torch.testing.assert_close(torch.autograd.grad(call().sum(), x)[0], expected)
+    assert get_surrogate(chosen) is chosen
+    assert get_surrogate(chosen, alpha=0.1).values == [0.1]
+    assert get_surrogate("nelu").values == [0.01]
+
+
 def test_an_integer_is_a_number() -> None:
-    assert resolve_parameters("bsilu", {"alpha": 2}) == [2.0]
+    assert get_surrogate("bsilu", **{"alpha": 2}).values == [2.0]
 
 
 # --- one's own
@@ -250,7 +288,7 @@ def softplus_slope(x: Tensor, beta: float) -> Tensor:
 
 
 def test_registered_surrogate_works_by_name_with_its_parameters() -> None:
-    register_surrogate("softplus", softplus, softplus_slope, beta=2.0)
+    register_surrogate("softplus", derivative=softplus_slope, primitive=softplus, beta=2.0)
     assert "softplus" in list_surrogates()
     x = torch.linspace(-4, 4, 33, dtype=torch.float64, requires_grad=True)
     for settings, beta in (({}, 2.0), ({"beta": 0.5}, 0.5)):
@@ -260,14 +298,14 @@ def test_registered_surrogate_works_by_name_with_its_parameters() -> None:
 
 
 def test_registered_surrogate_with_two_parameters_takes_them_in_their_order() -> None:
-    register_surrogate("line", lambda x, a, b: a * x + b, lambda x, a, b: torch.full_like(x, a - b), a=3.0, b=1.0)
-    assert resolve_parameters("line", {"b": 0.5}) == [3.0, 0.5]
+    register_surrogate("line", derivative=lambda x, a, b: torch.full_like(x, a - b), a=3.0, b=1.0)
+    assert get_surrogate("line", **{"b": 0.5}).values == [3.0, 0.5]
     assert at("line", 0.0, b=0.5) == [2.5]
 
 
 def test_registered_surrogate_gets_half_precision_as_float32() -> None:
     seen = []
-    register_surrogate("spy", torch.relu, lambda x: seen.append(x.dtype) or torch.ones_like(x))
+    register_surrogate("spy", derivative=lambda x: seen.append(x.dtype) or torch.ones_like(x))
     x = torch.ones(3, dtype=torch.float16, requires_grad=True)
     sugar(x, "spy").sum().backward()
     assert seen[-1] == torch.float32
@@ -276,7 +314,7 @@ def test_registered_surrogate_gets_half_precision_as_float32() -> None:
 
 
 def test_surrogate_and_parameters_survive_json() -> None:
-    register_surrogate("softplus", softplus, softplus_slope, beta=2.0)
+    register_surrogate("softplus", derivative=softplus_slope, primitive=softplus, beta=2.0)
     for settings in ({"surrogate": "softplus", "beta": 0.7}, {"surrogate": "nelu", "alpha": 0.05}, {}):
         back = SUGAR(**json.loads(json.dumps(settings)))
         assert repr(back) == repr(SUGAR(**settings))
@@ -284,35 +322,62 @@ def test_surrogate_and_parameters_survive_json() -> None:
 
 
 @pytest.mark.parametrize("name", ["bsilu", "gelu"])
-def test_a_name_is_taken_once(name: str) -> None:
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_built_in_name_is_taken(name: str, overwrite: bool) -> None:
     before = get_surrogate(name)
-    with pytest.raises(ValueError, match=f"'{name}' exists already"):
-        register_surrogate(name, softplus, softplus_slope, beta=1.0)
+    with pytest.raises(ValueError, match=f"'{name}' exists already: choose another name$"):
+        register_surrogate(name, derivative=softplus_slope, overwrite=overwrite, beta=1.0)
     assert get_surrogate(name) is before
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0, 0.0])
-def test_registering_a_default_that_is_not_finite_and_positive_fails(bad: float) -> None:
-    with pytest.raises(ValueError, match="beta of surrogate 'mine' must be finite and positive"):
-        register_surrogate("mine", softplus, softplus_slope, beta=bad)
+def test_the_same_cell_of_a_notebook_runs_twice_and_another_formula_needs_overwrite() -> None:
+    for _ in range(2):
+        register_surrogate("mine", derivative=lambda x, beta: torch.sigmoid(beta * x), beta=1.0)
+    for changed in ({"beta": 2.0}, {"beta": 1.0, "gamma": 1.0}):
+        with pytest.raises(ValueError, match="exists already: choose another name or say overwrite=True"):
+            register_surrogate("mine", derivative=lambda x, *_: torch.sigmoid(x), **changed)
+    register_surrogate("mine", derivative=lambda x: torch.sigmoid(3 * x), overwrite=True)
+    assert at("mine", 1.0) == [pytest.approx(1 / (1 + math.exp(-3)))]
+
+
+def test_a_derivative_that_is_not_the_primitives_is_refused() -> None:
+    with pytest.raises(ValueError, match="are not exchanged"):
+        register_surrogate("mine", derivative=softplus, primitive=softplus_slope, beta=1.0)
+    with pytest.raises(ValueError, match="the derivative at"):
+        register_surrogate("mine", derivative=lambda x: 1.001 * torch.sigmoid(x), primitive=softplus)
+    with pytest.raises(TypeError):
+        register_surrogate("mine", softplus, softplus_slope)  # type: ignore[misc]
+    assert list_surrogates() == NAMES
+
+
+def test_a_surrogate_without_a_primitive_says_so_where_one_is_needed() -> None:
+    register_surrogate("mine", derivative=lambda x: torch.sigmoid(x))
+    with pytest.raises(ValueError, match="'mine' has no primitive"):
+        get_surrogate("mine").evaluate(torch.zeros(1))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
+def test_registering_a_default_that_is_not_finite_or_below_zero_fails(bad: float) -> None:
+    with pytest.raises(ValueError, match="beta of surrogate 'mine' must be finite and 0 or more"):
+        register_surrogate("mine", derivative=softplus_slope, beta=bad)
     assert list_surrogates() == NAMES
 
 
 @pytest.mark.parametrize("bad", [3, None, "", b"mine"])
 def test_registering_a_name_that_is_no_name_fails(bad: object) -> None:
     with pytest.raises((TypeError, ValueError), match="name"):
-        register_surrogate(bad, softplus, softplus_slope, beta=1.0)  # type: ignore[arg-type]
+        register_surrogate(bad, derivative=softplus_slope, beta=1.0)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("taken", ["inplace", "surrogate", "x"])
+@pytest.mark.parametrize("taken", ["inplace", "surrogate", "x", "num_classes", "pretrained", "width", "scale"])
 def test_registering_a_parameter_whose_name_is_taken_fails(taken: str) -> None:
     with pytest.raises(ValueError, match=taken):
-        register_surrogate("mine", softplus, softplus_slope, **{taken: 1.0})
+        register_surrogate("mine", derivative=softplus_slope, **{taken: 1.0})
 
 
 def test_registering_a_default_that_is_no_number_fails() -> None:
     with pytest.raises(TypeError, match="beta of surrogate 'mine' must be a number"):
-        register_surrogate("mine", softplus, softplus_slope, beta="1")  # type: ignore[arg-type]
+        register_surrogate("mine", derivative=softplus_slope, beta="1")  # type: ignore[arg-type]
     assert list_surrogates() == NAMES
 
 
@@ -330,14 +395,14 @@ def test_registering_a_derivative_that_is_not_one_finite_value_per_element_fails
     slope_: Callable[[Tensor], Tensor],
 ) -> None:
     with pytest.raises(ValueError, match="'mine' must return one finite value per element"):
-        register_surrogate("mine", torch.relu, slope_)
+        register_surrogate("mine", derivative=slope_)
     assert list_surrogates() == NAMES
 
 
 @pytest.mark.parametrize("slope_", [lambda x: x.clamp_(0, 1), lambda x: x.mul_(0).add_(1)])
 def test_registering_a_derivative_that_changes_its_input_fails(slope_: Callable[[Tensor], Tensor]) -> None:
     with pytest.raises(ValueError, match="'mine' must not change its input"):
-        register_surrogate("mine", torch.relu, slope_)
+        register_surrogate("mine", derivative=slope_)
     assert list_surrogates() == NAMES
 
 
@@ -346,7 +411,7 @@ def test_registering_a_derivative_that_changes_its_input_fails(slope_: Callable[
 
 def fingerprint(function: Callable[..., Tensor], **parameters: float) -> str:
     name = f"probe{len(module._surrogates)}"
-    register_surrogate(name, torch.relu, function, **parameters)
+    register_surrogate(name, derivative=function, **parameters)
     return get_surrogate(name).formula
 
 
@@ -454,7 +519,7 @@ def test_the_same_formula_has_the_same_fingerprint_in_a_fresh_process(tmp_path: 
     program.write_text(
         SAME_CODE
         + "from timm_sugar.surrogate import get_surrogate, register_surrogate\n"
-        + "register_surrogate('mine', torch.relu, slope, beta=1.0)\n"
+        + "register_surrogate('mine', derivative=slope, beta=1.0)\n"
         + f"print(*[get_surrogate(name).formula for name in {names}])\n"
     )
     fresh = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True).stdout.split()
@@ -462,7 +527,7 @@ def test_the_same_formula_has_the_same_fingerprint_in_a_fresh_process(tmp_path: 
     assert fresh[:-1] == here
     scope: dict[str, object] = {"__name__": "__main__"}
     exec(SAME_CODE, scope)
-    register_surrogate("mine", torch.relu, scope["slope"], beta=1.0)  # type: ignore[arg-type]
+    register_surrogate("mine", derivative=scope["slope"], beta=1.0)  # type: ignore[arg-type]
     assert fresh[-1] == get_surrogate("mine").formula
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fnmatch
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -26,8 +26,8 @@ from torch import nn
 
 from timm_sugar.models import conv2next  # noqa: F401  registers what timm lacks
 from timm_sugar.models._weights import SugarTag, load_tags
-from timm_sugar.surgery import sugarize
-from timm_sugar.surrogate import parameter_names, resolve_parameters
+from timm_sugar.surgery import list_activations, resolve_surrogate, sugarize
+from timm_sugar.surrogate import Surrogate, built_in_parameters, get_surrogate, list_surrogates
 
 SUFFIX = "_sugar"
 
@@ -60,6 +60,24 @@ def is_left_out(base: str) -> bool:
     return any(fnmatch.fnmatchcase(base, pattern) for pattern in LEFT_OUT)
 
 
+def list_sugar_models(filter: str | list[str] = "", pretrained: bool = False) -> list[str]:
+    """List the names of SUGAR models, as timm.list_models does for all: `timm_sugar.list_models`.
+
+    Args:
+        filter: wildcards of names, e.g. "resnet*"; a name has to match one of them.
+        pretrained: whether to list only names with weights, with their tags.
+
+    Returns:
+        Names that `timm.create_model` takes, in timm's order.
+
+    Example:
+        >>> timm_sugar.list_models("resnet18*")
+        ['resnet18_sugar', 'resnet18d_sugar']
+    """
+    names = list_models(filter, pretrained=pretrained)
+    return [name for name in names if name.partition(".")[0].endswith(SUFFIX)]
+
+
 def _create_entrypoint(name: str, base: str) -> Callable[..., nn.Module]:
     """The function that timm calls to build `name`: the base model, its hidden activations replaced by SUGAR."""
 
@@ -67,22 +85,24 @@ def _create_entrypoint(name: str, base: str) -> Callable[..., nn.Module]:
         pretrained: bool = False,
         pretrained_cfg: Any = None,
         pretrained_cfg_overlay: dict[str, Any] | None = None,
-        surrogate: str | None = None,
+        surrogate: str | Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> nn.Module:
-        known = parameter_names()
         cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
         tag = None if cfg.source else SUGAR_TAGS.get(f"{name}.{cfg.tag}")
         if tag:  # build what the weights were trained as, except for what the caller asks for
-            other = {"surrogate", *known} if surrogate else set()  # another surrogate has other parameters
+            other = {"surrogate", *built_in_parameters()} if surrogate else set()  # it has parameters of its own
             kwargs = {key: value for key, value in tag.model_args.items() if key not in other} | kwargs
         surrogate = kwargs.pop("surrogate", surrogate or "bsilu")
-        parameters = {key: kwargs.pop(key) for key in known & kwargs.keys()}
-        resolve_parameters(surrogate, parameters)  # complain before anything is built or downloaded
+        parameters = {key: kwargs.pop(key) for key in _parameters_of(surrogate) & kwargs.keys()}
+        if isinstance(surrogate, Surrogate):
+            raise TypeError("create_model takes JSON values: a surrogate's name, and its parameters as arguments")
+        resolve_surrogate(surrogate, parameters, "")  # complain before anything is built or downloaded
         if pretrained and tag and (cfg.file, cfg.hf_hub_id) == (tag.cfg.file, tag.cfg.hf_hub_id):
             cfg = replace(cfg, file=tag.fetch(kwargs.get("cache_dir")))
         model = model_entrypoint(base)(pretrained=pretrained, pretrained_cfg=cfg, **kwargs)
-        trained_with = sorted(set(sugarize(model, surrogate, **parameters).values()) - {"ReLU", "relu"})
+        trained_with = sorted(set(list_activations(model).values()) - {"ReLU", "relu"})
+        sugarize(model, surrogate, **parameters)
         if pretrained and trained_with and not _is_trained_with_sugar(name, cfg):
             warnings.warn(
                 f"{name}: the weights ({cfg.tag or 'untagged'}) were trained with {', '.join(trained_with)} where this "
@@ -95,6 +115,12 @@ def _create_entrypoint(name: str, base: str) -> Callable[..., nn.Module]:
     create.__name__ = create.__qualname__ = name
     create.__doc__ = f"timm's {base} with SUGAR activations; takes `surrogate`, its parameters, and what {base} takes."
     return create
+
+
+def _parameters_of(surrogate: Any) -> set[str]:
+    """Names that `create_model` takes as parameters of the surrogate, not as arguments of the base."""
+    own = get_surrogate(surrogate).parameters if isinstance(surrogate, str) and surrogate in list_surrogates() else {}
+    return built_in_parameters() | own.keys()
 
 
 def _is_trained_with_sugar(name: str, cfg: PretrainedCfg) -> bool:

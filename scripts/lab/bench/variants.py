@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_sugar.activation import SUGAR
-from timm_sugar.surgery import exchange_sugar, sugarize, to_relu
+from timm_sugar.surgery import replace_activations, sugarize, to_relu
 from timm_sugar.surrogate import get_surrogate, surrogate_derivative
 
 OWN = "own"  # the network as timm makes it
@@ -53,7 +53,7 @@ def _fgi(x: Tensor, surrogate: str, values: list[float]) -> Tensor:
 
 def _detach(x: Tensor, surrogate: str, values: list[float]) -> Tensor:
     """y = sg(relu(x)) + f(x) - sg(f(x)), the derivative being autograd's; FGI's indirect form."""
-    f = get_surrogate(surrogate).primitive(x, *values)
+    f = get_surrogate(surrogate, **dict(zip(get_surrogate(surrogate).parameters, values, strict=True))).evaluate(x)
     return F.relu(x).detach() + f - f.detach()
 
 
@@ -141,7 +141,7 @@ def make_model(base: str, variant: str, settings: dict[str, Any], **arguments: A
     if name == "relu":
         to_relu(model)
     elif name != "sugar":
-        exchange_sugar(model, functools.partial(make_activation, variant, settings))
+        replace_activations(model, functools.partial(make_activation, variant, settings))
     return model
 
 

@@ -5,7 +5,6 @@ A folder is exactly what its repository on the Hub holds; its name is the model'
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 import tempfile
@@ -28,8 +27,8 @@ from lab.release.card import CARD, CONFIG, RECIPE, RESULTS, TWIN, card, read_res
 from lab.training.runs import read_checkpoint, read_summary
 from timm_sugar.models._weights import WEIGHTS
 from timm_sugar.models.sugar import ALIASES, SUFFIX
-from timm_sugar.surgery import sugarize
-from timm_sugar.surrogate import get_surrogate, parameter_names, resolve_parameters
+from timm_sugar.surgery import list_activations
+from timm_sugar.surrogate import built_in_parameters, get_surrogate
 
 FROM_RUN = ("summary.csv", "train.log", "curves.png")
 FILES = (CARD, CONFIG, WEIGHTS, RECIPE, RESULTS, *FROM_RUN)
@@ -80,8 +79,7 @@ class Run:
         arguments = dict(self.settings["model_kwargs"])
         surrogate = get_surrogate(arguments.pop("surrogate", "bsilu"))
         given = {key: arguments.pop(key) for key in surrogate.parameters if key in arguments}
-        values = resolve_parameters(surrogate.name, given)
-        return arguments | {"surrogate": surrogate.name} | dict(zip(surrogate.parameters, values, strict=True))
+        return arguments | {"surrogate": surrogate.name} | get_surrogate(surrogate, **given).parameters
 
     def deployed(self) -> nn.Module:
         """A stock timm model that computes the same, bit for bit; the `_sugar` model if there is none.
@@ -95,12 +93,12 @@ class Run:
             model: Any = self.build(name, self.model_args)
         image = torch.randn(2, *resolve_data_config(self.published, model=model)["input_size"])
         base = name.removesuffix(SUFFIX)
-        sugar = {"surrogate"} | parameter_names()
+        sugar = {"surrogate"} | built_in_parameters()
         plain = {key: value for key, value in self.settings["model_kwargs"].items() if key not in sugar}
         for arguments in (plain, plain | {"act_layer": "relu"}):
             with suppress(TypeError, RuntimeError), torch.inference_mode():  # it may take no act_layer
                 stock: Any = self.build(ALIASES.get(base, base), arguments)
-                is_relu = set(sugarize(copy.deepcopy(stock)).values()) <= {"ReLU", "relu"}
+                is_relu = set(list_activations(stock).values()) <= {"ReLU", "relu"}
                 if is_relu and torch.equal(stock(image), model(image)):
                     return stock
         return model

@@ -1,0 +1,218 @@
+"""Where the hidden activations of a live model sit: which types they have, and under which name each is found.
+
+What counts as a hidden activation stands here and nowhere else. Gates and attention (sigmoids, tanh, softmax) never do,
+nor PReLU, whose learned slopes are weights of the model. Types of other packages are known by name, so that none of
+these packages is imported.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from timm_sugar.activation import SUGAR
+from timm_sugar.surrogate import Surrogate, get_surrogate
+
+# Each type or function with the surrogate that has its derivative, or the nearest one: ReLU's for ReLU6, SiLU's for
+# Hardswish, GELU's for its approximations.
+_TYPES: dict[type, str] = {
+    **dict.fromkeys((nn.ReLU, nn.ReLU6), "relu"),
+    **dict.fromkeys((nn.LeakyReLU, nn.RReLU), "leaky_relu"),
+    **dict.fromkeys((nn.ELU, nn.CELU), "elu"),
+    **dict.fromkeys((nn.SiLU, nn.Hardswish), "silu"),
+    **{nn.SELU: "selu", nn.GELU: "gelu", nn.Mish: "mish"},
+}
+_FUNCTIONS: dict[Any, str] = {
+    **dict.fromkeys((torch.relu, torch.relu_, F.relu, F.relu_, F.relu6), "relu"),
+    **dict.fromkeys((F.leaky_relu, F.leaky_relu_, torch.rrelu, torch.rrelu_, F.rrelu, F.rrelu_), "leaky_relu"),
+    **dict.fromkeys((F.elu, F.elu_, torch.celu, torch.celu_, F.celu, F.celu_), "elu"),
+    **dict.fromkeys((torch.selu, torch.selu_, F.selu, F.selu_), "selu"),
+    **dict.fromkeys((F.silu, F.hardswish), "silu"),
+    **{F.gelu: "gelu", F.mish: "mish"},
+}
+_TIMM = {
+    **dict.fromkeys(("Swish", "SwishMe", "HardSwish", "HardSwishMe", "swish", "swish_me"), "silu"),
+    **dict.fromkeys(("hard_swish", "hard_swish_me"), "silu"),
+    **dict.fromkeys(
+        ("Mish", "MishMe", "HardMish", "HardMishMe", "mish", "mish_me", "hard_mish", "hard_mish_me"), "mish"
+    ),
+    **dict.fromkeys(("GELU", "GELUTanh", "QuickGELU", "gelu", "gelu_tanh", "quick_gelu"), "gelu"),
+}
+_TRANSFORMERS = {
+    **dict.fromkeys(("GELUActivation", "NewGELUActivation", "FastGELUActivation", "AccurateGELUActivation"), "gelu"),
+    **dict.fromkeys(("QuickGELUActivation", "ClippedGELUActivation", "GELUTanh", "PytorchGELUTanh"), "gelu"),
+    **{"SiLUActivation": "silu", "MishActivation": "mish"},
+}
+_BY_NAME = {  # by module and name
+    **{f"timm.layers.{file}.{name}": own for name, own in _TIMM.items() for file in ("activations", "activations_me")},
+    **{f"transformers.activations.{name}": own for name, own in _TRANSFORMERS.items()},
+    **dict.fromkeys(("efficientnet_pytorch.utils.Swish", "efficientnet_pytorch.utils.MemoryEfficientSwish"), "silu"),
+    **dict.fromkeys(("mmcv.cnn.bricks.swish.Swish", "mmcv.cnn.bricks.hswish.HSwish"), "silu"),
+}
+# SUGAR as torch.fx records it.
+SUGAR_OPERATORS = (torch.ops.timm_sugar.relu, torch.ops.timm_sugar.relu.default)
+_METHODS = ("relu", "relu_")  # of a tensor
+
+
+def _qualified(kind: Any) -> str:
+    return f"{getattr(kind, '__module__', '')}.{getattr(kind, '__name__', '')}"
+
+
+def _known_type(kind: type) -> str | None:
+    """The surrogate that belongs to a type of modules, or to a subclass that computes the same; None for others."""
+    for base in kind.__mro__:
+        if (own := _TYPES.get(base) or _BY_NAME.get(_qualified(base))) is not None:
+            same = all(getattr(kind, method) is getattr(base, method) for method in ("forward", "__call__"))
+            return own if same else None
+    return None
+
+
+def is_activation(module: nn.Module, types: Collection[Any] = ()) -> bool:
+    """Whether a module is a hidden activation: of a type that `sugarize` replaces, or of `types`, or SUGAR itself."""
+    return isinstance(module, SUGAR) or type(module) in types or _known_type(type(module)) is not None
+
+
+def is_activation_function(function: Any, types: Collection[Any] = ()) -> bool:
+    """Whether a callable is a hidden activation as a function: torch's (`F.gelu`), timm's, or a partial of one."""
+    function = _unwrapped(function)
+    if isinstance(function, (nn.Module, type)) or not callable(function):
+        return False
+    return _qualified(function) in _BY_NAME or any(function is known for known in (*_FUNCTIONS, *types))
+
+
+def _unwrapped(function: Any) -> Any:
+    return function.func if isinstance(function, functools.partial) else function
+
+
+def own_surrogate(activation: Any) -> Surrogate:
+    """The surrogate with the derivative of an activation, or the nearest; its parameters are the activation's.
+
+    Raises ValueError for an activation that has none, one of `types`.
+    """
+    if isinstance(activation, SUGAR):
+        return activation_of(activation)
+    if isinstance(activation, nn.Module):
+        name, settings = _known_type(type(activation)), vars(activation)
+    else:
+        function, settings = _unwrapped(activation), dict(getattr(activation, "keywords", {}))
+        name = "relu" if function in _METHODS else _BY_NAME.get(_qualified(function))
+        name = name or next((own for known, own in _FUNCTIONS.items() if known is function), None)
+    if name is None:
+        raise ValueError(f"no surrogate has the derivative of {name_of(activation)}: name one, not 'same'")
+    if name == "leaky_relu" and "lower" in settings:  # RReLU's mean slope
+        settings = {"negative_slope": (settings["lower"] + settings["upper"]) / 2}
+    given = {key: settings[key] for key in get_surrogate(name).parameters if key in settings}
+    return get_surrogate(name, **given)
+
+
+def activation_of(module: SUGAR) -> Surrogate:
+    """The surrogate of a SUGAR module with the values that it has now."""
+    known = get_surrogate(module.surrogate)
+    return get_surrogate(known, **dict(zip(known.parameters, module.values, strict=True)))
+
+
+def name_of(activation: Any) -> str:
+    """The type of an activation: a class, a function, or a tensor's method."""
+    if isinstance(activation, nn.Module):
+        return type(activation).__name__
+    return str(getattr(_unwrapped(activation), "__name__", activation))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an activation sits: under a name in a module, or at a node of a torch.fx graph."""
+
+    name: str
+    activation: Any
+    owner: nn.Module
+    key: str | torch.fx.Node
+
+    def settings(self) -> tuple[str, list[float]] | None:
+        """Surrogate and parameter values if SUGAR is here already."""
+        if isinstance(self.activation, SUGAR):
+            return self.activation.surrogate, self.activation.values
+        if isinstance(self.key, torch.fx.Node) and self.activation in SUGAR_OPERATORS:
+            return self.key.args[1], list(self.key.args[2])  # type: ignore[return-value, arg-type]
+        return None
+
+
+def find_places(model: nn.Module, types: Collection[Any] = ()) -> Iterator[Place]:
+    """Find every hidden activation below a model, SUGAR among them."""
+    for prefix, owner in model.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        for key, child in owner._modules.items():
+            if child is not None and is_activation(child, types):
+                yield Place(dot + key, child, owner, key)
+        for key, value in vars(owner).items():
+            if is_activation_function(value, types):
+                yield Place(dot + key, value, owner, key)
+        if isinstance(owner, torch.fx.GraphModule):
+            for node in owner.graph.nodes:
+                method = node.op == "call_method" and node.target in _METHODS
+                function = node.op == "call_function" and (
+                    is_activation_function(node.target, types) or node.target in SUGAR_OPERATORS
+                )
+                if method or function:
+                    yield Place(dot + node.name, node.target, owner, node)
+
+
+def find_leftovers(model: nn.Module, types: Collection[Any] = ()) -> dict[str, str]:
+    """Find activations that can't be replaced where they sit, and modules that only behave like one: {name: why}."""
+    found: dict[str, str] = {}
+    replaced = {id(place.activation) for place in find_places(model, types)}
+    for prefix, owner in model.named_modules():
+        dot = f"{prefix}." if prefix else ""
+        if isinstance(owner, torch.jit.ScriptModule):
+            if getattr(owner, "original_name", "") in {kind.__name__ for kind in _TYPES}:
+                found[prefix] = f"a scripted {owner.original_name}"
+            continue
+        for key, value in vars(owner).items():
+            if not key.startswith("_") and id(value) not in replaced and (why := _why_out_of_reach(value, types)):
+                found[dot + key] = why
+        for kind in type(owner).__mro__[: type(owner).__mro__.index(nn.Module)]:
+            for key, value in vars(kind).items():
+                value = value.__func__ if isinstance(value, staticmethod) else value
+                reached = key in vars(owner) or key in owner._modules or id(value) in replaced
+                if not reached and (_is_either(value, types) or _why_out_of_reach(value, types, methods=False)):
+                    found[dot + key] = "an attribute of the class"
+        if prefix and not is_activation(owner, types) and _behaves_like_relu(owner):
+            found[prefix] = f"{type(owner).__name__} behaves like a smooth ReLU: pass types=({type(owner).__name__},)"
+    return found
+
+
+def _is_either(value: Any, types: Collection[Any]) -> bool:
+    return is_activation(value, types) if isinstance(value, nn.Module) else is_activation_function(value, types)
+
+
+def _why_out_of_reach(value: Any, types: Collection[Any], methods: bool = True) -> str:
+    """What holds an activation without being one: a container, a lambda, a method; empty if nothing of that kind."""
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
+    if any(_is_either(item, types) for item in inside):
+        return f"in a {type(value).__name__}"
+    known = (getattr(value, "__module__", "") or "").startswith(("torch.", "timm.layers."))
+    code = getattr(value, "__code__", None) if methods and not known else None
+    called = {name.rstrip("_") for name in code.co_names} if code else set()
+    if called & {"relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish"}:
+        return "called inside a function"
+    return ""
+
+
+def _behaves_like_relu(module: nn.Module) -> bool:
+    """Whether a leaf without weights is close to ReLU far from 0 on both sides."""
+    own = [*module.children(), *module.parameters(), *module.buffers()]
+    if own or (type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, nn.Softplus)):
+        return False
+    try:
+        probe = torch.tensor([[-20.0, -15.0, 15.0, 20.0]])
+        with torch.no_grad():
+            y = copy.deepcopy(module).eval()(probe.clone())
+        return bool(y.shape == probe.shape and (y - F.relu(probe)).abs().max() < 0.2 and not y.isnan().any())
+    except Exception:  # whatever it takes, it is no elementwise activation
+        return False
