@@ -66,7 +66,6 @@ class Surrogate:
 
 
 _surrogates: dict[str, Surrogate] = {}
-_built_in: set[str] = set()
 _POINTS = [0.0, 65504.0, *torch.logspace(-6, 4.8, 2000, dtype=torch.float64, device="cpu").tolist()]
 _PROBE = torch.tensor([-p for p in _POINTS] + _POINTS, dtype=torch.float64, device="cpu")
 
@@ -83,7 +82,7 @@ def list_surrogates() -> list[str]:
 
 def built_in_parameters() -> set[str]:
     """Names of the parameters of all built-in surrogates."""
-    return {key for name in _built_in for key in _surrogates[name].parameters}
+    return {key for name in _BUILT_IN for key in _surrogates[name].parameters}
 
 
 def get_surrogate(surrogate: str | Surrogate, /, **parameters: Any) -> Surrogate:
@@ -108,6 +107,8 @@ def get_surrogate(surrogate: str | Surrogate, /, **parameters: Any) -> Surrogate
         found = surrogate
     elif isinstance(surrogate, str) and surrogate in _surrogates:
         found = _surrogates[surrogate]
+        if not found.formula:  # of a built-in one, at its first use
+            found = _surrogates[surrogate] = replace(found, formula=_fingerprint(found.derivative, found.values))
     else:
         raise ValueError(f"unknown surrogate {surrogate!r}; choose one of {', '.join(list_surrogates())}")
     if not parameters:
@@ -155,11 +156,12 @@ def register_surrogate(
     _check_derivative(given)
     _check_primitive(given)
     given = replace(given, formula=_fingerprint(derivative, given.values))
-    if name in _surrogates and (name in _built_in or not overwrite):
-        old = _surrogates[name]
-        if name in _built_in or (old.formula, old.parameters) != (given.formula, given.parameters):
-            how = "choose another name" + ("" if name in _built_in else " or say overwrite=True")
-            raise ValueError(f"surrogate {name!r} exists already: {how}")
+    old = _surrogates.get(name)
+    if name in _BUILT_IN or (
+        old and not overwrite and (old.formula, old.parameters) != (given.formula, given.parameters)
+    ):
+        how = "choose another name" + ("" if name in _BUILT_IN else " or say overwrite=True")
+        raise ValueError(f"surrogate {name!r} exists already: {how}")
     _surrogates[name] = given
 
 
@@ -307,14 +309,19 @@ def _relu_derivative(x: Tensor, gain: float) -> Tensor:
     return gain * _leaky_relu_derivative(x, 0.0)
 
 
+def _built_in(name: str, primitive: Formula, derivative: Formula, **defaults: float) -> None:
+    """Add a surrogate without the checks of `register_surrogate`, which would slow every import; tests do them."""
+    _surrogates[name] = Surrogate(name, derivative, primitive, defaults, may_be_zero=frozenset(defaults))
+
+
 # Defaults: alpha of B-SiLU and NeLU from the paper, the others PyTorch's.
-register_surrogate("bsilu", derivative=_bsilu_derivative, primitive=_bsilu, alpha=1.67)
-register_surrogate("nelu", derivative=_nelu_derivative, primitive=_nelu, alpha=0.01)
-register_surrogate("elu", derivative=_elu_derivative, primitive=F.elu, alpha=1.0)
-register_surrogate("selu", derivative=_selu_derivative, primitive=F.selu)
-register_surrogate("gelu", derivative=_gelu_derivative, primitive=F.gelu)
-register_surrogate("silu", derivative=_silu_derivative, primitive=F.silu)
-register_surrogate("mish", derivative=_mish_derivative, primitive=F.mish)
-register_surrogate("leaky_relu", derivative=_leaky_relu_derivative, primitive=F.leaky_relu, negative_slope=0.01)
-register_surrogate("relu", derivative=_relu_derivative, primitive=_relu, gain=1.0)
-_built_in |= _surrogates.keys()
+_built_in("bsilu", _bsilu, _bsilu_derivative, alpha=1.67)
+_built_in("nelu", _nelu, _nelu_derivative, alpha=0.01)
+_built_in("elu", F.elu, _elu_derivative, alpha=1.0)
+_built_in("selu", F.selu, _selu_derivative)
+_built_in("gelu", F.gelu, _gelu_derivative)
+_built_in("silu", F.silu, _silu_derivative)
+_built_in("mish", F.mish, _mish_derivative)
+_built_in("leaky_relu", F.leaky_relu, _leaky_relu_derivative, negative_slope=0.01)
+_built_in("relu", _relu, _relu_derivative, gain=1.0)
+_BUILT_IN = frozenset(_surrogates)

@@ -7,6 +7,7 @@ argument, feature extractor and method of the base works, and the names of the w
 from __future__ import annotations
 
 import fnmatch
+import sys
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -130,9 +131,20 @@ def _is_trained_with_sugar(name: str, cfg: PretrainedCfg) -> bool:
 
 def _tags(name: str, base: str) -> DefaultCfg:
     """Every tag of the base, the default one first, then those of weights trained with SUGAR."""
-    cfgs = {full.partition(".")[2]: cfg for full, cfg in get_arch_pretrained_cfgs(base).items()}
+    cfgs = _tags_of_base(base)
     cfgs |= {full.partition(".")[2]: tag.cfg for full, tag in SUGAR_TAGS.items() if full.partition(".")[0] == name}
     return DefaultCfg(deque(cfgs), cfgs, is_pretrained=any(cfg.has_weights for cfg in cfgs.values()))
+
+
+def _tags_of_base(base: str) -> dict[str, PretrainedCfg]:
+    """The settings of each tag of a timm architecture; `get_arch_pretrained_cfgs` copies them deeply, which is slow."""
+    default = getattr(sys.modules[model_entrypoint(base).__module__], "default_cfgs", {}).get(base)
+    if not isinstance(default, DefaultCfg):
+        return {full.partition(".")[2]: cfg for full, cfg in get_arch_pretrained_cfgs(base).items()}
+    return {
+        tag: replace(cfg, hf_hub_id=f"timm/{base}.{tag}") if cfg.hf_hub_id == "timm/" else cfg
+        for tag, cfg in ((tag, default.cfgs[tag]) for tag in default.tags)
+    }
 
 
 def _register(name: str, base: str) -> None:
