@@ -143,6 +143,17 @@ class Place:
         return None
 
 
+def is_in_place(place: Place) -> bool:
+    """Whether an activation overwrites its input."""
+    if isinstance(place.activation, nn.Module):
+        return bool(getattr(place.activation, "inplace", False) or getattr(place.activation, "overwrites", False))
+    if isinstance(place.key, torch.fx.Node):
+        named = place.key.kwargs.get("inplace", False)
+        second = place.key.args[1] if len(place.key.args) > 1 and _unwrapped(place.activation) is F.relu else False
+        return bool(named or second or name_of(place.activation).endswith("_"))
+    return name_of(place.activation).endswith("_")
+
+
 def find_places(model: nn.Module, types: Collection[Any] = ()) -> Iterator[Place]:
     """Find every hidden activation below a model, SUGAR among them."""
     for prefix, owner in model.named_modules():

@@ -32,13 +32,16 @@ class SUGAR(nn.Module):
             raise TypeError(f"inplace must be True or False, not {inplace!r}; a surrogate is a keyword argument")
         chosen = get_surrogate(surrogate, **parameters)
         self.surrogate, self.values, self.formula = chosen.name, chosen.values, chosen.formula
+        self.overwrites = False  # whether its value is written into its input, as an in-place ReLU's is
 
     def __setstate__(self, state: dict) -> None:
-        super().__setstate__(state)
+        super().__setstate__({"overwrites": False, **state})
         self.formula = get_surrogate(self.surrogate).formula  # today's, whatever it was when the module was pickled
 
     def forward(self, input: Tensor) -> Tensor:
         """relu(input), any shape."""
+        if self.overwrites:
+            return input.copy_(apply(input.clone(), self.surrogate, self.values, self.formula))
         return apply(input, self.surrogate, self.values, self.formula)
 
     def extra_repr(self) -> str:

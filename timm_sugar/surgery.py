@@ -12,13 +12,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm_sugar._places import Place, find_leftovers, find_places, is_activation, name_of, own_surrogate
+from timm_sugar._example import call, equal_outputs, inference, watch_example
+from timm_sugar._exchange import Change, New, exchange, one_new_for_each_old
+from timm_sugar._places import (
+    Place,
+    find_leftovers,
+    find_places,
+    is_activation,
+    is_in_place,
+    name_of,
+    own_surrogate,
+)
 from timm_sugar.activation import SUGAR, FunctionalSUGAR
 from timm_sugar.surrogate import Surrogate, get_surrogate
 
 SAME = "same"  # in place of a surrogate's name: each activation keeps its own derivative
 Chosen = str | Surrogate
-New = nn.Module | Callable[..., Any]
 
 
 def list_activations(model: nn.Module, types: Collection[Any] = ()) -> dict[str, str]:
@@ -48,6 +57,7 @@ def sugarize(
     *,
     filter_fn: Callable[[Any, str], bool] | None = None,
     types: Collection[Any] = (),
+    example: Any = None,
     **parameters: float,
 ) -> Any:
     """Replace a model's hidden activations by SUGAR, in place.
@@ -70,6 +80,10 @@ def sugarize(
         filter_fn: `filter_fn(module, name)` leaves those for which it is false; for a function that a module keeps
             as an attribute, `module` is that function.
         types: further activations of one's own, as types of modules or as functions.
+        example: an input, a tuple of arguments or a dict of named ones. The model runs on a copy of it, in eval mode
+            and without gradients. What it computes of ReLU, GELU and the like without SUGAR is named in a warning. An
+            in-place activation whose input the model reads again gets a SUGAR that overwrites its input, too, which
+            takes a copy of it; without an example such a model computes something else.
         parameters: the surrogate's, e.g. `alpha=0.05`.
 
     Returns:
@@ -87,9 +101,17 @@ def sugarize(
     _require_module(model, "sugarize")
     if is_activation(model, types):
         return _exchanged_itself(model, surrogate, types, parameters)
-    choose = {}
+    _sugarize(model, surrogate, filter_fn, types, example, parameters)
+    return model
+
+
+def _sugarize(
+    model: nn.Module, surrogate: Any, filter_fn: Any, types: Collection[Any], example: Any, parameters: dict[str, Any]
+) -> list[Change]:
+    """What `sugarize` does; returns the changes, in their order."""
     places = [p for p in find_places(model, types) if filter_fn is None or filter_fn(p.activation, p.name)]
     _check_patterns(surrogate, [place.name for place in places])
+    choose = {}
     for place in places:
         if (resolved := resolve_surrogate(surrogate, parameters, place.name)) is not None:
             choose[place] = resolved(place.activation)
@@ -101,10 +123,56 @@ def sugarize(
             f"nothing to replace in {type(model).__name__}: {what}{seen}. If its forward calls F.relu or the like "
             "itself, sugarize torch.fx.symbolic_trace(model)"
         )
-    _exchange(_plan(choose))
+    plan = _plan(choose)
+    expected = None if example is None else _output_of_relu(model, plan, example)
+    changes = exchange(plan)
     if left:
-        warnings.warn(f"sugarize() left activations of {type(model).__name__}: {_listed(left)}", stacklevel=2)
-    return model
+        warnings.warn(f"sugarize() left activations of {type(model).__name__}: {_listed(left)}", stacklevel=3)
+    if example is not None:
+        _check_on_example(model, plan, example, expected)
+    return changes
+
+
+def _output_of_relu(model: nn.Module, plan: Mapping[Place, New], example: Any) -> Any:
+    """What a model returns with ReLU in the places of a plan, in place where the activation there is."""
+    changes = exchange({place: nn.ReLU(is_in_place(place)) for place in plan if _holds_module(place)})
+    try:
+        with inference(model):
+            return call(model, example)
+    finally:
+        for change in reversed(changes):
+            change.undo()
+
+
+def _holds_module(place: Place) -> bool:
+    return isinstance(place.activation, nn.Module) or isinstance(place.key, torch.fx.Node)
+
+
+def _check_on_example(model: nn.Module, plan: Mapping[Place, New], example: Any, expected: Any) -> None:
+    """Warn of what one batch shows, and let SUGAR overwrite its input where the model needs that."""
+    in_place = {new: place.name for place, new in plan.items() if isinstance(new, nn.Module) and is_in_place(place)}
+    seen = watch_example(model, example, in_place)
+    for new, name in in_place.items():
+        if isinstance(new, SUGAR) and not isinstance(new, FunctionalSUGAR):
+            new.overwrites = name in seen.read_again
+    if seen.outside:
+        found = "; ".join(
+            f"{', '.join(sorted(names))} in {module or 'forward'}" for module, names in seen.outside.items()
+        )
+        warnings.warn(
+            f"{type(model).__name__} computes activations without SUGAR: {found}. Sugarize "
+            "torch.fx.symbolic_trace(model), or write timm_sugar.sugar() there",
+            stacklevel=4,
+        )
+    functions = any(not _holds_module(place) for place in plan)
+    with inference(model):
+        if not functions and not equal_outputs(call(model, example), expected):
+            named = ", ".join(in_place.values()) or "none"
+            warnings.warn(
+                f"{type(model).__name__} computes something else than with ReLU in the same places (activations that "
+                f"overwrote their input: {named})",
+                stacklevel=4,
+            )
 
 
 def to_relu(model: nn.Module) -> Any:
@@ -129,7 +197,7 @@ def to_relu(model: nn.Module) -> Any:
     places = [place for place in find_places(model) if place.settings() is not None]
     if not places:
         raise ValueError(f"there is no SUGAR activation below {type(model).__name__} to turn into ReLU")
-    _exchange(_one_new_for_each_old(places, lambda place: nn.ReLU() if _is_sugar_module(place) else F.relu))
+    exchange(one_new_for_each_old(places, _relu_for))
     return model
 
 
@@ -154,7 +222,7 @@ def replace_activations(model: nn.Module, make: Callable[[], nn.Module]) -> Any:
     places = [place for place in find_places(model) if isinstance(place.activation, SUGAR)]
     if not places:
         raise ValueError(f"there is no SUGAR module below {type(model).__name__} to replace")
-    _exchange(_one_new_for_each_old(places, lambda _: make()))
+    exchange(one_new_for_each_old(places, lambda _: make()))
     return model
 
 
@@ -172,12 +240,12 @@ def sugarized(model: nn.Module, surrogate: Chosen | Mapping[str, Chosen] = "bsil
     types = options.get("types", ())
     if is_activation(model, types):
         raise ValueError("the model is itself an activation: use sugarize(), which returns the new module")
-    before = [_Change(place) for place in find_places(model, types)]
-    sugarize(model, surrogate, **options)
+    parameters = {key: value for key, value in options.items() if key not in ("filter_fn", "types", "example")}
+    changes = _sugarize(model, surrogate, options.get("filter_fn"), types, options.get("example"), parameters)
     try:
         yield model
     finally:
-        for change in reversed(before):
+        for change in reversed(changes):
             change.undo()
 
 
@@ -192,7 +260,7 @@ def _exchanged_itself(model: nn.Module, surrogate: Any, types: Collection[Any], 
     holder = nn.Sequential(model)
     if (resolved := resolve_surrogate(surrogate, parameters, "0")) is None:
         raise ValueError("no pattern matches the activation, whose name is '0' here")
-    _exchange(_plan({place: resolved(model) for place in find_places(holder, types)}))
+    exchange(_plan({place: resolved(model) for place in find_places(holder, types)}))
     return holder[0]
 
 
@@ -224,8 +292,10 @@ def resolve_surrogate(surrogate: Any, parameters: dict[str, Any], name: str) -> 
     return lambda _: chosen
 
 
-def _is_sugar_module(place: Place) -> bool:
-    return isinstance(place.activation, SUGAR) and not isinstance(place.activation, FunctionalSUGAR)
+def _relu_for(place: Place) -> New:
+    if isinstance(place.activation, SUGAR) and not isinstance(place.activation, FunctionalSUGAR):
+        return nn.ReLU(inplace=place.activation.overwrites)
+    return F.relu
 
 
 def _plan(choose: dict[Place, Surrogate]) -> dict[Place, New]:
@@ -238,94 +308,4 @@ def _plan(choose: dict[Place, Surrogate]) -> dict[Place, New]:
         )
         return (FunctionalSUGAR if function else SUGAR)(False, surrogate=todo[place])
 
-    return _one_new_for_each_old(list(todo), make)
-
-
-def _one_new_for_each_old(places: list[Place], make: Callable[[Place], New]) -> dict[Place, New]:
-    made: dict[Any, New] = {}
-    plan = {}
-    for place in places:
-        old = place.activation if isinstance(place.activation, nn.Module) else place
-        if old not in made:
-            made[old] = make(place)
-        plan[place] = made[old]
-    return plan
-
-
-def _exchange(plan: Mapping[Place, New]) -> None:
-    """Put all new activations, or, if one place refuses, none. Raises ValueError with the place's name."""
-    for place in plan:
-        if isinstance(place.activation, nn.Module) and "forward" in vars(place.activation):
-            raise ValueError(
-                f"{place.name}: its forward was replaced on the instance, as hooks of accelerate do; sugarize the "
-                "model before that, or remove the hook first"
-            )
-    done: list[_Change] = []
-    try:
-        for place, new in plan.items():
-            done.append(_Change(place))
-            done[-1].put(new)
-    except Exception as error:
-        for change in reversed(done):
-            change.undo()
-        raise ValueError(f"{done[-1].place.name} can't be replaced ({error}); the model is unchanged") from error
-
-
-class _Change:
-    """One exchange at a place, and what is needed to undo it."""
-
-    def __init__(self, place: Place) -> None:
-        self.place = place
-        self.fused = getattr(place.owner, "activation_relu_or_gelu", None)
-        node = place.key
-        self.node = (node.op, node.target, node.args, node.kwargs) if isinstance(node, torch.fx.Node) else None
-
-    def put(self, new: New) -> None:
-        """Exchange the activation; a module inherits train mode, hooks and attributes of the module before it."""
-        owner, key, old = self.place.owner, self.place.key, self.place.activation
-        if isinstance(key, torch.fx.Node):
-            _rewrite(owner, key, new)
-            return
-        if isinstance(new, nn.Module) and isinstance(old, nn.Module):
-            new.train(old.training)
-            settings = {"inplace", *getattr(old, "__constants__", ())}
-            carried = {k: v for k, v in vars(old).items() if "hook" in k or not (k in vars(new) or k in settings)}
-            vars(new).update(carried)
-        _set(owner, key, new)
-        if isinstance(owner, nn.TransformerEncoderLayer) and key == "activation":
-            is_relu = isinstance(new, (SUGAR, nn.ReLU)) or new is F.relu
-            owner.activation_relu_or_gelu = int(is_relu)  # which function the fused inference path computes
-
-    def undo(self) -> None:
-        """Put the old activation back."""
-        owner, key = self.place.owner, self.place.key
-        if isinstance(key, torch.fx.Node):
-            assert isinstance(owner, torch.fx.GraphModule)
-            if self.node and self.node != (key.op, key.target, key.args, key.kwargs):
-                if key.op == "call_module":
-                    owner.delete_submodule(str(key.target))
-                key.op, key.target, key.args, key.kwargs = self.node
-                owner.recompile()
-        elif getattr(owner, key, None) is not self.place.activation:
-            _set(owner, key, self.place.activation)
-        if self.fused is not None:
-            owner.activation_relu_or_gelu = self.fused
-
-
-def _set(owner: nn.Module, key: str, new: Any) -> None:
-    if not isinstance(new, nn.Module) and key in owner._modules:
-        delattr(owner, key)  # a function can't be assigned over a module
-    setattr(owner, key, new)
-
-
-def _rewrite(graph_module: nn.Module, node: torch.fx.Node, new: New) -> None:
-    """Let a node of a graph call a new module or function on the input of the old one."""
-    assert isinstance(graph_module, torch.fx.GraphModule)
-    x = node.args[0] if node.args else node.kwargs["input"]
-    node.args, node.kwargs = (x,), {}
-    if isinstance(new, nn.Module):
-        node.op, node.target = "call_module", f"{node.name}_sugar"
-        graph_module.add_submodule(node.target, new.train(graph_module.training))
-    else:
-        node.op, node.target = "call_function", new
-    graph_module.recompile()
+    return one_new_for_each_old(list(todo), make)

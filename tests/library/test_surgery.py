@@ -822,3 +822,126 @@ def test_a_replaced_function_is_called_like_the_function(
     assert torch.equal(model.act_fn(x, *arguments, **options), F.relu(x))
     assert torch.equal(model.act_fn(input=x, **options), F.relu(x))
     assert torch.equal(model.act(input=x), F.relu(x))
+
+
+# --- in-place activations, and what an example shows
+
+
+class ReadAgain(nn.Module):
+    """Blocks as in MiDaS (the input of the in-place ReLU is the shortcut) and VQ-VAE (its result is ignored)."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+        self.midas, self.vqvae, self.harmless = nn.ReLU(inplace), nn.ReLU(inplace), nn.ReLU(inplace)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x = x + self.b(self.midas(x))
+        h = self.c(x)
+        self.vqvae(h)
+        return self.harmless(x) + h
+
+
+class OracleReadAgain(ReadAgain):
+    """What an in-place ReLU means, written out of place."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.midas(self.a(x))
+        x = x + self.b(x)
+        h = self.vqvae(self.c(x))
+        return self.harmless(x) + h
+
+
+def read_again(kind: type[ReadAgain] = ReadAgain, inplace: bool = True) -> ReadAgain:
+    torch.manual_seed(5)
+    return kind(inplace).double()
+
+
+def test_with_an_example_sugar_overwrites_its_input_where_the_model_reads_it_again() -> None:
+    x, model = calls_input(), read_again()
+    expected = read_again()(x)
+    kept = x.clone()
+    sugarize(model, "nelu", alpha=0.3, example=x)
+    assert torch.equal(x, kept)
+    assert model.training
+    assert torch.equal(model(x), expected)
+    assert [m.overwrites for m in (model.midas, model.vqvae, model.harmless)] == [True, True, False]
+    oracle = sugarize(read_again(OracleReadAgain, inplace=False), "nelu", alpha=0.3)
+    torch.testing.assert_close(gradients(model, x), gradients(oracle, x), rtol=1e-10, atol=1e-12)
+    for loaded in (pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        torch.testing.assert_close(gradients(loaded, x), gradients(oracle, x), rtol=1e-10, atol=1e-12)
+    assert torch.equal(to_relu(model)(x), expected)
+
+
+def test_an_out_of_place_model_is_the_same_with_and_without_an_example() -> None:
+    x = calls_input()
+    model = sugarize(read_again(inplace=False), example=x)
+    assert not any(m.overwrites for m in (model.midas, model.vqvae, model.harmless))
+    assert torch.equal(model(x), read_again(inplace=False)(x))
+
+
+class CallsReadAgain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        x = x + self.b(F.relu(x, inplace=True))
+        h = self.c(x)
+        torch.relu_(h)
+        z = self.d(h)
+        F.relu(z, True)
+        return h + x.relu_() + z + x
+
+
+def test_in_place_calls_in_a_graph_keep_their_meaning() -> None:
+    torch.manual_seed(6)
+    model, x = CallsReadAgain().double(), calls_input()
+    traced = torch.fx.symbolic_trace(copy.deepcopy(model))
+    expected = model(x)
+    with sugarized(traced, "nelu", alpha=0.3):
+        assert torch.equal(traced(x), expected)
+    assert torch.equal(traced(x), expected)
+    sugarize(traced, "nelu", alpha=0.3)
+    relu = FGI("nelu", alpha=0.3)
+
+    def oracle(t: Tensor) -> Tensor:
+        t = relu(model.a(t))
+        t = t + model.b(t)
+        h = relu(model.c(t))
+        z = relu(model.d(h))
+        t = relu(t)
+        return h + t + z + t
+
+    got = torch.autograd.grad(traced(x).square().sum(), list(traced.parameters()))
+    want = torch.autograd.grad(oracle(x).square().sum(), list(model.parameters()))
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+
+
+class Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.block = nn.ReLU(), nn.Sequential(Calls())
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return F.relu(self.block(self.act(scale * x)))
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,), lambda x: {"x": x, "scale": 2.0}])
+def test_an_example_shows_what_is_computed_without_sugar(wrap: Callable[[Tensor], Any]) -> None:
+    model = Mixed()
+    with pytest.warns(UserWarning, match="computes activations without SUGAR") as caught:
+        sugarize(model, example=wrap(torch.randn(2, 4)))
+    (text,) = [str(warning.message) for warning in caught]
+    assert "relu in forward" in text
+    assert "gelu, relu, relu_ in block.0" in text
+    assert "act" not in text.partition("SUGAR:")[2].replace("activations", "").partition(". Sugarize")[0]
+
+
+def test_an_example_through_a_whole_model_warns_of_nothing() -> None:
+    model = sugarize(torchvision.models.mobilenet_v3_small(num_classes=3), example=torch.randn(2, 3, 32, 32))
+    assert model.training
+    with pytest.warns(UserWarning, match="relu_ in forward"):  # its last ReLU is a call
+        sugarize(torchvision.models.DenseNet(4, (1, 1), 8), example=torch.randn(2, 3, 32, 32))

@@ -1,0 +1,126 @@
+"""Exchanging activations in a model, all of a plan or none, and undoing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from timm_sugar._places import Place, is_in_place
+from timm_sugar.activation import SUGAR
+
+New = nn.Module | Callable[..., Any]
+
+
+def one_new_for_each_old(places: list[Place], make: Callable[[Place], New]) -> dict[Place, New]:
+    made: dict[Any, New] = {}
+    plan = {}
+    for place in places:
+        old = place.activation if isinstance(place.activation, nn.Module) else place
+        if old not in made:
+            made[old] = make(place)
+        plan[place] = made[old]
+    return plan
+
+
+def exchange(plan: Mapping[Place, New]) -> list[Change]:
+    """Put all new activations, or, if one place refuses, none; return the changes. Raises ValueError with its name."""
+    for place in plan:
+        if isinstance(place.activation, nn.Module) and "forward" in vars(place.activation):
+            raise ValueError(
+                f"{place.name}: its forward was replaced on the instance, as hooks of accelerate do; sugarize the "
+                "model before that, or remove the hook first"
+            )
+    done: list[Change] = []
+    try:
+        for place, new in plan.items():
+            done.append(Change(place))
+            done[-1].put(new)
+    except Exception as error:
+        for change in reversed(done):
+            change.undo()
+        raise ValueError(f"{done[-1].place.name} can't be replaced ({error}); the model is unchanged") from error
+    return done
+
+
+class Change:
+    """One exchange at a place, and what is needed to undo it."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.fused = getattr(place.owner, "activation_relu_or_gelu", None)
+        node = place.key
+        self.node = (node.op, node.target, node.args, node.kwargs) if isinstance(node, torch.fx.Node) else None
+        self.redirected: list[torch.fx.Node] = []
+
+    def put(self, new: New) -> None:
+        """Exchange the activation; a module inherits train mode, hooks and attributes of the module before it."""
+        owner, key, old = self.place.owner, self.place.key, self.place.activation
+        if isinstance(key, torch.fx.Node):
+            if is_in_place(self.place):
+                self.redirected = _redirect(key)
+            _rewrite(owner, key, new)
+            return
+        if isinstance(new, nn.Module) and isinstance(old, nn.Module):
+            new.train(old.training)
+            settings = {"inplace", *getattr(old, "__constants__", ())}
+            carried = {k: v for k, v in vars(old).items() if "hook" in k or not (k in vars(new) or k in settings)}
+            vars(new).update(carried)
+        _set(owner, key, new)
+        if isinstance(owner, nn.TransformerEncoderLayer) and key == "activation":
+            is_relu = isinstance(new, (SUGAR, nn.ReLU)) or new is F.relu
+            owner.activation_relu_or_gelu = int(is_relu)  # which function the fused inference path computes
+
+    def undo(self) -> None:
+        """Put the old activation back."""
+        owner, key = self.place.owner, self.place.key
+        if isinstance(key, torch.fx.Node):
+            assert isinstance(owner, torch.fx.GraphModule)
+            if self.node and self.node != (key.op, key.target, key.args, key.kwargs):
+                if key.op == "call_module":
+                    owner.delete_submodule(str(key.target))
+                key.op, key.target, key.args, key.kwargs = self.node
+                for user in self.redirected:
+                    user.replace_input_with(key, _input_of(key))
+                owner.recompile()
+        elif getattr(owner, key, None) is not self.place.activation:
+            _set(owner, key, self.place.activation)
+        if self.fused is not None:
+            owner.activation_relu_or_gelu = self.fused
+
+
+def _set(owner: nn.Module, key: str, new: Any) -> None:
+    if not isinstance(new, nn.Module) and key in owner._modules:
+        delattr(owner, key)  # a function can't be assigned over a module
+    setattr(owner, key, new)
+
+
+def _input_of(node: torch.fx.Node) -> torch.fx.Node:
+    x = node.args[0] if node.args else node.kwargs["input"]
+    assert isinstance(x, torch.fx.Node)
+    return x
+
+
+def _redirect(node: torch.fx.Node) -> list[torch.fx.Node]:
+    """Let what reads an input after it was overwritten read the new value; return the nodes that do."""
+    order = {other: i for i, other in enumerate(node.graph.nodes)}
+    x = _input_of(node)
+    later = [user for user in x.users if order[user] > order[node]]
+    for user in later:
+        user.replace_input_with(x, node)
+    return later
+
+
+def _rewrite(graph_module: nn.Module, node: torch.fx.Node, new: New) -> None:
+    """Let a node of a graph call a new module or function on the input of the old one."""
+    assert isinstance(graph_module, torch.fx.GraphModule)
+    node.args, node.kwargs = (_input_of(node),), {}
+    if isinstance(new, nn.Module):
+        node.op, node.target = "call_module", f"{node.name}_sugar"
+        graph_module.add_submodule(node.target, new.train(graph_module.training))
+    else:
+        node.op, node.target = "call_function", new
+    graph_module.recompile()
