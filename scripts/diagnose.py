@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lab.cli import Parser, explained
-from lab.experiments.evidence import draw_depth
+from lab.experiments.pictures import draw_depth
 from lab.files import write_rows
 from lab.training.loading import add_compare, add_options, each_model
 from tqdm import tqdm

@@ -7,43 +7,46 @@
     python scripts/reproduce.py resnet18_small --smoke     # random images, two minutes, nothing in results/
     python scripts/reproduce.py                            # the page and the pictures again, from the numbers
 
-A table is a YAML file in scripts/reproduce/, or one of your own (timm_sugar/experiments.py says what is in it). The
-same command again skips what is done and continues what was cut off. After each run, results/TABLE.csv gets its row and
-results/TABLE_epochs.csv its epochs; at the end come the picture, results/README.md and, here, the differences.
+A table is a YAML file in scripts/reproduce/, or one of your own (scripts/lab/experiments/table.py says what is in it).
+After each run, results/TABLE.csv gets its row and results/TABLE_epochs.csv its epochs; at the end come the picture,
+results/README.md and, here, the differences.
 
-A table with a `subset` trains on a fixed part of the training split (timm_sugar/subset.py), which is written to OUTPUT.
+The same command again skips the rows that results/ has and continues what was cut off. Given twice at once, it shares
+the runs between two processes. A run that starts from another table's checkpoint makes that first, if it is missing. A
+run that diverges gets a row `failed`, and the others go on.
+
+A table with a `subset` trains on a part of the training split (scripts/lab/experiments/subset.py), written to OUTPUT.
+A table with `tune` first runs every variant at every learning rate on held-out training images.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
-import json
 import math
-import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import yaml
-from lab.cli import Parser, UserError, as_options, choose_device, explained
-from lab.experiments.evidence import DEPTHS, compare, draw_depth, write_page, write_picture
+from lab.cli import Parser, UserError, as_options, explained
+from lab.experiments.evidence import DEPTHS, compare, write_page
+from lab.experiments.pictures import draw_depth, write_picture
+from lab.experiments.rows import collect, locked, read_results
+from lab.experiments.run import Busy, Run, start_of
 from lab.experiments.subset import make_noise, make_subset
-from lab.experiments.table import COLUMNS, CURVES, TABLES, Table, list_tables, load_table
-from lab.files import environment, read_rows, write_atomically, write_rows
+from lab.experiments.table import Key, Table, list_tables, load_table
+from lab.experiments.tuning import tuning_of
+from lab.files import read_rows
 from lab.training.data import open_dataset
-from lab.training.runs import START, read_summary
 
 ROOT = Path(__file__).resolve().parents[1]
-METRICS = ("top1", "top5", "dead_units", "sparsity")
 SMOKE = {"epochs": 1, "batch_size": 8, "warmup_epochs": 0}
+PAUSE = 5.0  # seconds between two looks at what another process works on
 
 
 def build_parser() -> Parser:
@@ -54,6 +57,7 @@ def build_parser() -> Parser:
     add("--seeds", type=int, metavar="N", help="run the seeds 0 to N - 1 (default: as many as the table says)")
     add("--only", nargs="+", default=["*"], metavar="PATTERN", help="variants to run, e.g. relu 'sugar-*'")
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on after what is there (default)")
+    add("--rerun", action="store_true", help="also what results/ has a row of, unless OUTPUT has that run")
     add("--smoke", action="store_true", help="one epoch of up to four variants on random images, in OUTPUT/smoke")
     add("--data-dir", metavar="DIR", help="as for scripts/train.py")
     add("--dataset", metavar="NAME", help="as for scripts/train.py, e.g. torch/cifar100")
@@ -65,126 +69,25 @@ def build_parser() -> Parser:
     return parser
 
 
-def data_options(table: Table, args: argparse.Namespace) -> list[str]:
-    """Where scripts/train.py finds the images; makes a subset if the table asks for one that isn't there yet."""
+def data_options(table: Table, key: Key, args: argparse.Namespace) -> list[str]:
+    """Where scripts/train.py finds the images; makes a subset if the run asks for one that isn't there yet."""
     if not table.network:
         return []
-    open_split = partial(open_dataset, args.dataset or "", args.data_dir, download=args.dataset_download)
-    if args.smoke or table.subset:
-        name = "noise" if args.smoke else "-".join(["subset", *(f"{k}-{v}" for k, v in (table.subset or {}).items())])
+    chosen = {} if args.smoke else table.images(key)
+    if args.smoke or chosen:
+        name = "noise" if args.smoke else "-".join(["subset", *(f"{k}-{v}" for k, v in chosen.items())])
         root = args.output / name
-        root.parent.mkdir(parents=True, exist_ok=True)
-        if args.smoke:
-            make_noise(root, table.options.get("img_size", 32))
-        elif not root.exists():
-            print(f"choosing the images of {root}", flush=True)
-            with explained(f"can't write {root}"):
-                make_subset(open_split, root, **(table.subset or {}))
+        with locked(args.output / f"{name}.lock"):
+            if args.smoke and not root.exists():
+                make_noise(root, table.options.get("img_size", 32))
+            elif not root.exists():
+                print(f"choosing the images of {root}", flush=True)
+                open_split = partial(open_dataset, args.dataset or "", args.data_dir, download=args.dataset_download)
+                with explained(f"can't write {root}"):
+                    make_subset(open_split, root, **chosen)
         return ["--data-dir", str(root)]
     named = {"data_dir": args.data_dir, "dataset": args.dataset, "dataset_download": args.dataset_download}
     return [word for key, value in named.items() if value for word in as_options(key, value)]
-
-
-class Run:
-    """One run of a table: its folder, and beside it the record that is written when it is done."""
-
-    def __init__(self, table: Table, variant: str, seed: int, folder: Path) -> None:
-        self.table, self.variant, self.seed = table, variant, seed
-        self.name = f"{variant}-{seed}"
-        self.folder, self.record = folder / self.name, folder / f"{self.name}.json"
-        self.settings, self.command = table.settings(variant, seed), table.command(variant, seed)
-
-    def read(self) -> dict[str, Any] | None:
-        """The record of a run that is done. Raises UserError if the table has other settings since it was begun."""
-        record = None
-        if self.record.exists():
-            record = json.loads(self.record.read_text())
-            same = record["row"]["command"] == self.command
-        elif (self.folder / "args.yaml").exists():
-            args = yaml.safe_load((self.folder / "args.yaml").read_text())
-            same = all(args.get(key) == value for key, value in self.settings.items())
-        else:
-            return None
-        if not same:
-            raise UserError(
-                f"{self.folder} was made with other settings than the table has now: choose another --output"
-            )
-        return record
-
-    @contextmanager
-    def locked(self) -> Iterator[int]:
-        """Keep other processes out of the run for as long as we or the process that trains live: a file descriptor."""
-        with open(self.record.with_suffix(".lock"), "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"another process works in {self.folder}: wait for it or end it") from None
-            yield file.fileno()
-
-    def train(self, options: Sequence[str]) -> None:
-        """Start or continue the run, and write its record. Raises UserError if that fails."""
-        with self.locked() as lock:
-            epochs = self.settings["epochs"]
-            if len(read_summary(self.folder, epochs)) < epochs:
-                status = self.start(options, lock)
-                if status == 130:
-                    raise KeyboardInterrupt
-                if status:
-                    raise UserError(f"run {self.name} failed (status {status}), see above; then the same again")
-            write_atomically(self.record, json.dumps(self.summarize(epochs), indent=1))
-
-    def start(self, options: Sequence[str], lock: int) -> int:
-        """Train in a process of its own; returns its exit status."""
-        words = [word for key, value in self.settings.items() for word in as_options(key, value)]
-        place = ["--output", str(self.folder.parent), "--experiment", self.name]
-        path = os.pathsep.join(filter(None, [str(TABLES), os.environ.get("PYTHONPATH")]))
-        return subprocess.run(
-            [sys.executable, str(ROOT / self.table.script), *words, *place, *options],
-            env={**os.environ, "PYTHONPATH": path}, pass_fds=(lock,), check=False,
-        ).returncode  # fmt: skip
-
-    def summarize(self, epochs: int) -> dict[str, Any]:
-        """The rows of the results: one of the run, and one for each epoch."""
-        args = yaml.safe_load((self.folder / "args.yaml").read_text())
-        own, curves = {"variant": self.variant, "seed": self.seed}, []
-        for row in [*read_rows(self.folder / START), *read_summary(self.folder, epochs)]:
-            numbers = {key: shown(row.get(f"eval_{key}")).replace("nan", "") for key in METRICS}  # no such units
-            curves.append({"epoch": int(row["epoch"]), **own, "train_loss": shown(row.get("train_loss")), **numbers})
-        last = {key: value for key, value in curves[-1].items() if key in COLUMNS}
-        device = environment(choose_device(args.get("device")))
-        curves = [{key: row[key] for key in CURVES} for row in curves]
-        return {"row": {**last, "epochs": epochs, **device, "command": self.command}, "epochs": curves}
-
-
-def shown(number: str | None) -> str:
-    """Four decimals; what isn't there stays empty."""
-    return f"{float(number):.4f}" if number else ""
-
-
-def collect(table: Table, results: Path, records: list[dict[str, Any]]) -> None:
-    """Write the results: these runs, and from the files those that the table would still run in the same way."""
-    path, curves = results / f"{table.name}.csv", results / f"{table.name}_epochs.csv"
-    kept = {run_of(row) for row in read_rows(path) if row["command"] == still_run(table, row)}
-    kept -= {run_of(record["row"]) for record in records}
-    rows = [row for row in read_rows(path) if run_of(row) in kept] + [record["row"] for record in records]
-    epochs = [row for row in read_rows(curves) if run_of(row) in kept]
-    epochs += [row for record in records for row in record["epochs"]]
-    place = {name: i for i, name in enumerate(table.variants)}
-    rows.sort(key=lambda row: (place[row["variant"]], int(row["seed"])))
-    epochs.sort(key=lambda row: (place[row["variant"]], int(row["seed"]), int(row["epoch"])))
-    with explained(f"can't write to {results}"):
-        write_rows(curves, epochs, CURVES)
-        write_rows(path, rows, COLUMNS)
-
-
-def run_of(row: dict[str, Any]) -> tuple[str, int]:
-    """Variant and seed of a row of results."""
-    return row["variant"], int(row["seed"])
-
-
-def still_run(table: Table, row: dict[str, str]) -> str | None:
-    """The command of a row's variant and seed as the table has it now."""
-    return table.command(*run_of(row)) if row["variant"] in table.variants else None
 
 
 def chosen_variants(table: Table, patterns: Sequence[str]) -> list[str]:
@@ -195,26 +98,99 @@ def chosen_variants(table: Table, patterns: Sequence[str]) -> list[str]:
     return [name for name in table.variants if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
+class Work:
+    """The runs of a table that are still to do, and what is known of those that are done."""
+
+    def __init__(self, table: Table, args: argparse.Namespace) -> None:
+        self.table, self.args, self.folder = table, args, args.output / table.name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.variants = chosen_variants(table, args.only)
+        self.fresh: set[Key] = set()  # rows of this process, and of OUTPUT
+        self.epochs, self.seconds, self.said = 0, 0.0, ""
+
+    def pending(self) -> list[Key]:
+        """What to run next, in this order; final runs of a tuned table only once all rates are chosen."""
+        rows = read_results(self.table, self.args.results)
+        if self.args.rerun:
+            rows = {key: row for key, row in rows.items() if key in self.fresh}
+        tuning = tuning_of(self.table, rows)
+        if tuning and not tuning.done:
+            wanted = tuning.pending
+            if not any(key.variant in self.variants for key in wanted):
+                self.say("the final runs wait for the tuning of all variants: leave out --only")
+        else:
+            wanted = [key for key in self.table.final_keys(tuning and tuning.best) if key not in rows]
+        return [key for key in wanted if key.variant in self.variants]
+
+    def say(self, text: str) -> None:
+        """Print a line, once."""
+        if text != self.said:
+            print(text, flush=True)
+        self.said = text
+
+    def run(self) -> None:
+        """All runs; those that OUTPUT has are only read, and those that another process works on are left to it."""
+        while keys := self.pending():
+            if not self.run_first(keys):
+                self.say(f"waiting for another process that works in {self.folder}")
+                time.sleep(PAUSE)
+
+    def run_first(self, keys: list[Key]) -> bool:
+        """The first run that no other process works on; False if there is none."""
+        for i, key in enumerate(keys):
+            run = Run(self.table, key, self.folder)
+            record = run.read()
+            if not record and run.is_busy():
+                continue
+            if not record:
+                self.say(f"[{len(keys) - i} to do{self.time_left(keys[i:])}] {self.table.name} {run.name}")
+                with suppress(Busy):  # taken since we looked, or its start is
+                    self.train(run)
+                record = run.read()
+            if record:
+                collect(self.table, self.args.results, [record], self.folder / "results.lock")
+                self.fresh.add(key)
+                return True
+        return False
+
+    def train(self, run: Run) -> None:
+        """Train a run, and before it the one that it starts from, if its checkpoint is missing."""
+        before = start_of(run, self.args.output)
+        if before:
+            self.say(f"{run.name} starts from {before.table.name} {before.name}, which is not in {self.args.output}")
+            Work(before.table, argparse.Namespace(**{**vars(self.args), "only": ["*"]})).train(before)
+        options = data_options(self.table, run.key, self.args)
+        if self.table.network:
+            options += ["--resume", "auto", "--workers", str(self.args.workers)]
+            options += ["--device", self.args.device] if self.args.device else []
+        start = time.monotonic()
+        run.train(options)
+        self.epochs += run.settings["epochs"]
+        self.seconds += time.monotonic() - start
+
+    def time_left(self, keys: list[Key]) -> str:
+        """How long all the runs to come will take this process alone, once it has finished one."""
+        if not self.epochs:
+            return ""
+        tuning = tuning_of(self.table, read_results(self.table, self.args.results))
+        if tuning and not tuning.done:  # whichever rates it chooses
+            keys = [*keys, *(key for key in self.table.final_keys() if key.variant in self.variants)]
+        epochs = sum(self.table.settings(key)["epochs"] for key in keys)
+        minutes = round(epochs * self.seconds / self.epochs / 60)
+        return f", about {minutes // 60} h {minutes % 60:02} min" if minutes else ", less than a minute"
+
+
 def run_table(table: Table, args: argparse.Namespace) -> None:
-    """All runs, seed by seed, so that a part of them can already be compared."""
-    variants = chosen_variants(table, args.only)
-    folder = args.output / table.name
-    folder.mkdir(parents=True, exist_ok=True)
-    runs = [Run(table, variant, seed, folder) for seed in range(table.seeds) for variant in variants]
-    if not args.resume and any(run.folder.exists() or run.record.exists() for run in runs):
-        raise UserError(f"--no-resume: there are runs in {folder}; choose another --output")
-    records = {run: run.read() for run in runs}
-    options = data_options(table, args)
-    if table.network:
-        options += ["--resume", "auto", "--workers", str(args.workers)]
-        options += ["--device", args.device] if args.device else []
-    for i, run in enumerate(runs):
-        print(f"[{i + 1}/{len(runs)}] {table.name} {run.name}{': done before' if records[run] else ''}", flush=True)
-        if not records[run]:
-            run.train(options)
-            records[run] = run.read()
-        collect(table, args.results, [record for record in records.values() if record])
-    print(compare(table, read_rows(args.results / f"{table.name}.csv")))
+    """All runs that results/ has no row of, seed by seed, so that a part of them can already be compared."""
+    work = Work(table, args)
+    if not args.resume and any([*work.folder.glob("*.json"), *work.folder.glob("*/args.yaml")]):
+        raise UserError(f"--no-resume: there are runs in {work.folder}; choose another --output")
+    done = len(read_results(table, args.results))
+    if done and not args.rerun:
+        print(f"{done} runs done before", flush=True)
+    work.run()
+    collect(table, args.results, [], work.folder / "results.lock")
+    print(compare(table, list(read_results(table, args.results).values())))
 
 
 def smoke_of(table: Table, patterns: Sequence[str]) -> Table:
@@ -222,7 +198,9 @@ def smoke_of(table: Table, patterns: Sequence[str]) -> Table:
     names = chosen_variants(table, patterns)
     variants = {name: table.variants[name] for name in names[:: math.ceil(len(names) / 4)]}
     options = {**table.options, **(SMOKE if table.network else {"epochs": 1})}
-    return replace(table, seeds=1, options=options, variants=variants, subset=None)
+    baseline = table.baseline if table.baseline in variants else next(iter(variants))
+    plain = {"subset": None, "tune": None, "primary": None, "contrasts": []}
+    return replace(table, seeds=1, options=options, variants=variants, baseline=baseline, **plain)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -231,7 +209,8 @@ def run(args: argparse.Namespace) -> None:
         raise UserError("--seeds must be at least 1")
     if args.table:
         table = load_table(args.table)
-        table = replace(table, seeds=args.seeds or table.seeds)
+        with explained(f"--seeds {args.seeds}"):
+            table = replace(table, seeds=args.seeds or table.seeds)
         args.output = args.output.absolute()
         if args.smoke:
             args.output, args.results = args.output / "smoke", args.output / "smoke" / "results"

@@ -30,6 +30,7 @@ import yaml
 from lab.cli import Parser, UserError, explained, import_modules
 from lab.files import write_atomically, write_rows
 from lab.training.data import DataError, check_classes, open_dataset
+from lab.training.divergence import STATUS, Diverged, all_finite, diverged
 from lab.training.options import parse_args
 from lab.training.runs import (
     START,
@@ -286,12 +287,29 @@ class Run:
                 if self.task.has_ema():
                     metrics = self.evaluate(epoch, ema=True)
                 row.update({f"eval_{k}": v for k, v in metrics.items()})
+            self.check_epoch(epoch, row)
             groups = self.optimizer.param_groups
             row["lr"] = sum(group["lr"] for group in groups) / len(groups)
             if self.folder:
                 self.save(epoch, row)
             if self.scheduler:
                 self.scheduler.step(epoch + 1)
+
+    def check_epoch(self, epoch: int, row: dict[str, Any]) -> None:
+        """Raises Diverged rather than save weights that are not finite; all processes have the same ones."""
+        losses, model = (row["train_loss"], row.get("eval_loss", 0.0)), unwrap_model(self.task.get_trainable_module())
+        if not all_finite(losses, model.parameters()):
+            raise diverged(math.nan, f"after epoch {epoch}")
+
+    def check_loss(self, loss: float, epoch: int, update: int) -> None:
+        """Raises Diverged in all processes if in one of them the loss of a batch is not finite."""
+        found = loss
+        if self.args.distributed:  # one process alone that stops would leave the others waiting for it
+            total = torch.tensor(loss, device=self.device)
+            torch.distributed.all_reduce(total)
+            found = total.item()
+        if not math.isfinite(found):
+            raise diverged(loss if not math.isfinite(loss) else found, f"in epoch {epoch}, update {update}")
 
     def evaluate_start(self) -> None:
         """What the weights do before training, as epoch -1 in start.csv."""
@@ -316,8 +334,10 @@ class Run:
             with nullcontext() if last else task.no_sync():
                 with self.autocast():
                     loss = task(x, y)["loss"]
+                value = loss.item()
+                self.check_loss(value, epoch, update - epoch * self.updates)
                 self.backward(loss / group, last)
-            losses.update(loss.item(), len(x))
+            losses.update(value, len(x))
             images += len(x) * args.world_size
             if not last:
                 continue
@@ -387,7 +407,10 @@ class Run:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train; returns 0, or 130 after Ctrl-C. A user's mistake exits with status 2 and one line on stderr."""
+    """Train; returns 0, 3 if the loss stops being finite, or 130 after Ctrl-C.
+
+    A user's mistake exits with status 2 and one line on stderr.
+    """
     run: Run | None = None
     try:
         args, resume = parse_args(sys.argv[1:] if argv is None else argv, __doc__ or "")
@@ -396,6 +419,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         run.train()
     except UserError as error:
         Parser("train.py").error(str(error))
+    except Diverged as error:
+        assert run
+        if run.args.rank == 0:
+            kept = f"; weights of the epoch before: {run.folder}/last.pth.tar" if run.rows else ""
+            print(f"train.py: error: {error}{kept}", file=sys.stderr)
+        return STATUS
     except KeyboardInterrupt:
         if run and run.folder:
             print(f"\ninterrupted; {run.resume_command}", file=sys.stderr)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import yaml
 from lab.cli import KeyValues, Parser, UserError, explained
 from lab.files import write_atomically
+from lab.training.divergence import STATUS, Diverged, all_finite, diverged
 from lab.training.runs import write_summary
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -105,6 +106,8 @@ def run(args: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
     for epoch in range(args.epochs):
         loss = train_one_epoch(model, optimizer, train, labels, args.batch_size)
+        if not all_finite([loss], model.parameters()):
+            raise diverged(loss, f"in epoch {epoch}")
         rows.append({"epoch": epoch, "train_loss": loss, **evaluate(model, held_out, truth)})
     folder = Path(args.output, args.experiment)
     with explained(f"can't write to {folder}"):
@@ -115,8 +118,15 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0, or 130 after Ctrl-C. A user's mistake exits with status 2 and one line on stderr."""
-    return build_parser().run(run, argv)
+    """Returns 0, 3 if the loss stops being finite, or 130 after Ctrl-C.
+
+    A user's mistake exits with status 2 and one line on stderr.
+    """
+    try:
+        return build_parser().run(run, argv)
+    except Diverged as error:
+        print(f"train_tabular.py: error: {error}", file=sys.stderr)
+        return STATUS
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import shutil
 import signal
@@ -19,35 +18,31 @@ import yaml
 from lab.cli import as_options
 from lab.experiments import evidence
 from lab.experiments.paired import difference, estimate
-from lab.experiments.table import COLUMNS, TABLES, Table, list_tables, load_table
+from lab.experiments.rows import COLUMNS, done_rows, is_current, key_of, load_rows
+from lab.experiments.run import Run
+from lab.experiments.table import TABLES, Key, Table, list_tables, load_table
 from lab.files import read_rows, write_rows
 from lab.training.options import build_parser
 from PIL import Image, ImageChops
 from safetensors.torch import save_file
 from scipy import stats
 from scripting import SCRIPTS, error_line, load_script, make_images
+from tables import BUILT_IN, OWN, TINY, final, networks, record_of, reproduce, rows_of
 from torch import nn
 
-from timm_sugar import SUGAR
-from timm_sugar.surrogate import get_surrogate, list_surrogates
+from timm_sugar import SUGAR, surrogate
+from timm_sugar.surrogate import get_surrogate
 
-sys.path.insert(0, str(TABLES))  # as scripts/reproduce.py does for the processes that it starts
-import networks
-
-reproduce, train = load_script("reproduce"), load_script("train")
+train = load_script("train")
 RESULTS = SCRIPTS.parent / "results"
 ALL = [load_table(name) for name in list_tables()]
-TINY = """\
-title: Tiny
-network: test_resnet
-baseline: relu
-seeds: 2
-options: {num_classes: 3, img_size: 32, epochs: 3, batch_size: 8, lr: 0.05, warmup_epochs: 0, log_interval: 1}
-variants:
-  relu: {}
-  sugar-bsilu: {sugar: bsilu}
-  sugar-nelu: {sugar: nelu, alpha: 0.1}
-"""
+
+
+@pytest.fixture(autouse=True)
+def own_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The surrogates of networks.py, for the length of a test."""
+    for name, entry in OWN.items():
+        monkeypatch.setitem(surrogate._surrogates, name, entry)
 
 
 @pytest.fixture
@@ -63,25 +58,8 @@ def data(tmp_path: Path) -> Path:
     return make_images(tmp_path / "data")
 
 
-def rows_of(numbers: dict[str, dict[int, float]]) -> list[dict[str, str]]:
-    """Rows of results with these top-1 by variant and seed."""
-    blank = dict.fromkeys(COLUMNS, "")
-    return [
-        {**blank, "variant": name, "seed": str(seed), "top1": str(top1)}
-        for name, by_seed in numbers.items()
-        for seed, top1 in by_seed.items()
-    ]
-
-
 def fake_train(run: Any, options: list[str]) -> None:
-    """In the place of a process: the record of a run, without the run."""
-    numbers = {"top1": "50.0000", "top5": "", "train_loss": "1.0000", "dead_units": "", "sparsity": ""}
-    own = {"variant": run.variant, "seed": run.seed}
-    curves = [{**own, "epoch": epoch, **numbers} for epoch in range(2)]
-    row = {**dict.fromkeys(COLUMNS, ""), **own, **numbers, "epochs": 2, "command": run.command}
-    keep = {key: row[key] for key in COLUMNS}
-    curves = [{key: value for key, value in line.items() if key != "top5"} for line in curves]
-    run.record.write_text(reproduce.json.dumps({"row": keep, "epochs": curves}))
+    record_of(run)
 
 
 def test_interval_is_that_of_scipy_and_of_a_textbook() -> None:
@@ -174,7 +152,7 @@ def test_table_compares_sugar_with_the_activation_whose_gradient_it_borrows() ->
 def test_every_run_has_options_that_its_script_takes_and_a_model_that_can_be_made(table: Table) -> None:
     """On the meta device, one forward pass; the activations are those that the variant names."""
     for variant, wanted in table.variants.items():
-        settings = table.settings(variant, 3)
+        settings = table.settings(Key("final", variant, "", 3))
         words = [word for key, value in settings.items() for word in as_options(key, value)]
         if not table.network:
             parsed = load_script(Path(table.script).stem).build_parser().parse_args(words)
@@ -187,7 +165,7 @@ def test_every_run_has_options_that_its_script_takes_and_a_model_that_can_be_mad
             model = train.build_model(args).eval()
             assert model(torch.zeros(1, 3, args.img_size, args.img_size)).shape == (1, args.num_classes)
         sugars = {m.surrogate for m in model.modules() if isinstance(m, SUGAR)}
-        plain = {m.surrogate for m in model.modules() if isinstance(m, networks.Plain)}
+        plain = {m.surrogate.name for m in model.modules() if isinstance(m, networks.Plain)}
         assert sugars == ({wanted["sugar"]} if "sugar" in wanted else set())
         assert plain == ({wanted["plain"]} - {"relu"} if "plain" in wanted else set())
 
@@ -198,15 +176,15 @@ def test_tables_of_the_paper_have_all_surrogates_both_ways_and_its_settings() ->
             table = load_table(f"{data}_{network}")
             given = (table.network, table.baseline, table.seeds, table.subset)
             assert given == (network, "relu", 5, None)
-            settings = table.settings("relu", 0)
+            settings = table.settings(Key("final", "relu", "", 0))
             facts = {"batch_size": 128, "opt": "sgd", "lr": 0.001, "no_aug": True, "epochs": epochs}
             assert settings.items() >= (facts | {"num_classes": int(data[5:]), "img_size": 32}).items()
             for way in ("plain", "sugar"):
                 names = {variant[way] for variant in table.variants.values() if way in variant}
-                assert names - {"relu"} == set(list_surrogates())
+                assert names - {"relu"} == set(BUILT_IN)
 
 
-@pytest.mark.parametrize("name", ["relu", *list_surrogates()])
+@pytest.mark.parametrize("name", ["relu", *BUILT_IN])
 def test_a_plain_activation_is_the_function_with_its_own_gradient(name: str) -> None:
     """Value: torch's module of that name, or the formula; gradient: the derivative's formula."""
     model = nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.ModuleDict({"act": nn.SiLU()})["act"])
@@ -265,7 +243,7 @@ def test_a_table_can_continue_another_one_seed_by_seed_and_shows_where_it_starte
     start = tmp_path / "runs" / "tiny" / "relu-{seed}" / "last.pth.tar"
     more = f"{{epochs: 1, eval_first: true, log_interval: null, initial_checkpoint: '{start}'}}"
     (tmp_path / "next.yaml").write_text(f"base: tiny\ntitle: Next\noptions: {more}\n")
-    assert "log_interval" not in load_table(str(tmp_path / "next.yaml")).settings("relu", 0)
+    assert "log_interval" not in load_table(str(tmp_path / "next.yaml")).settings(Key("final", "relu", "", 0))
     assert reproduce.main([str(tmp_path / "next.yaml"), "--only", "relu", "sugar-nelu", *shared]) == 0
     before = {row["seed"]: row["top1"] for row in read_rows(tmp_path / "tiny.csv")}
     epochs = read_rows(tmp_path / "next_epochs.csv")
@@ -281,7 +259,7 @@ def test_a_table_can_continue_another_one_seed_by_seed_and_shows_where_it_starte
 def test_only_and_seeds_choose_a_part_and_earlier_rows_stay(
     tiny: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(reproduce.Run, "train", fake_train)
+    monkeypatch.setattr(Run, "train", fake_train)
     shared = [str(tiny), "--output", str(tmp_path / "o"), "--results", str(tmp_path / "r"), "--data-dir", str(data)]
 
     def ran(*options: str) -> list[tuple[str, str]]:
@@ -291,10 +269,10 @@ def test_only_and_seeds_choose_a_part_and_earlier_rows_stay(
     assert ran("--only", "sugar-*", "--seeds", "1") == [("sugar-bsilu", "0"), ("sugar-nelu", "0")]
     part = [("relu", "0"), ("relu", "1"), ("sugar-bsilu", "0"), ("sugar-nelu", "0")]
     assert ran("--only", "relu") == part
-    assert len(read_rows(tmp_path / "r" / "tiny_epochs.csv")) == 2 * len(part)
-    assert "done before" not in capsys.readouterr().out
+    assert len(read_rows(tmp_path / "r" / "tiny_epochs.csv")) == 3 * len(part)
+    capsys.readouterr()
     assert len(ran()) == 6
-    assert capsys.readouterr().out.count("done before") == len(part)
+    assert "4 runs done before\n[2 to do] tiny sugar-bsilu-1\n" in capsys.readouterr().out
     message = "no such variant (there are: relu, sugar-bsilu, sugar-nelu)"
     assert message in error_line(reproduce.main, [*shared, "--only", "gelu"], capsys)
     assert "--no-resume: there are runs" in error_line(reproduce.main, [*shared, "--no-resume"], capsys)
@@ -303,7 +281,7 @@ def test_only_and_seeds_choose_a_part_and_earlier_rows_stay(
 def test_rows_that_the_table_would_not_make_again_go(
     tiny: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(reproduce.Run, "train", fake_train)
+    monkeypatch.setattr(Run, "train", fake_train)
     shared = [str(tiny), "--results", str(tmp_path / "r"), "--data-dir", str(data), "--seeds", "1"]
     assert reproduce.main([*shared, "--output", str(tmp_path / "o")]) == 0
     tiny.write_text(TINY.replace("lr: 0.05", "lr: 0.01"))
@@ -339,7 +317,8 @@ def test_killed_and_started_again_gives_the_same_rows(tiny: Path, data: Path, tm
     assert reproduce.main(options("k")) == 0
     assert "epoch 0 update 1/" not in capfd.readouterr().out  # it went on, it didn't begin again
     assert reproduce.main(options("w")) == 0
-    (tmp_path / "w" / "tiny" / "sugar-nelu-0.json").unlink()  # as if killed between the last epoch and the record
+    for path in ("tiny/sugar-nelu-0.json", "tiny.csv"):  # as if killed between the last epoch and the record
+        (tmp_path / "w" / path).unlink()
     capfd.readouterr()
     assert reproduce.main(options("w")) == 0
     assert "update" not in capfd.readouterr().out
@@ -352,20 +331,28 @@ def test_killed_and_started_again_gives_the_same_rows(tiny: Path, data: Path, tm
 
 
 def test_a_run_whose_process_outlived_a_kill_is_not_started_twice(
-    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "o" / "tiny").mkdir(parents=True)
-    run = reproduce.Run(load_table(str(tiny)), "relu", 0, tmp_path / "o" / "tiny")
+    """The others go on, then the process waits: here it is told that the orphan has ended by its end."""
+    table, trained = load_table(str(tiny)), []
+    run = Run(table, final(table, "relu", 0), tmp_path / "o" / "tiny")
+
+    def train(self: Run, options: list[str]) -> None:
+        trained.append(self.name)
+        record_of(self)
+
+    monkeypatch.setattr(Run, "train", train)
+    monkeypatch.setattr(reproduce.time, "sleep", lambda seconds: (orphan.kill(), orphan.wait()))
     with run.locked() as lock:
         orphan = subprocess.Popen(["sleep", "60"], pass_fds=(lock,))
-    options = ["--output", str(tmp_path / "o"), "--results", str(tmp_path / "r"), "--data-dir", str(tmp_path)]
+    options = ["--output", str(tmp_path / "o"), "--results", str(tmp_path / "r"), "--data-dir", str(data)]
     try:
-        assert "another process works in" in error_line(reproduce.main, [str(tiny), *options], capsys)
+        assert reproduce.main([str(tiny), *options]) == 0
     finally:
         orphan.kill()
         orphan.wait()
-    with run.locked():
-        pass
+    assert (len(trained), trained[-1]) == (6, "relu-0")
+    assert "waiting for another process" in capsys.readouterr().out
 
 
 SCRIPT = """\
@@ -432,15 +419,19 @@ def test_page_is_that_of_the_committed_numbers_and_every_row_can_be_made_again()
         rows = read_rows(RESULTS / f"{table.name}.csv")
         if not rows:
             continue
-        assert (RESULTS / f"{table.name}.png").exists()
-        seeds = sorted({row["seed"] for row in rows})
-        runs = [(row["variant"], row["seed"]) for row in rows]
-        assert runs == [(variant, seed) for variant in table.variants for seed in seeds]  # whole seeds
-        for row in rows:
-            assert row["command"] == table.command(row["variant"], int(row["seed"]))
-        with open(RESULTS / f"{table.name}_epochs.csv", newline="") as file:
-            last = {(row["variant"], row["seed"]): row for row in csv.DictReader(file)}
-        assert all(last[row["variant"], row["seed"]]["top1"] == row["top1"] for row in rows)
+        assert (RESULTS / f"{table.name}.png").exists() or not done_rows(load_rows(table, RESULTS))
+        assert rows == load_rows(table, RESULTS), "the columns of today"
+        keys = [key_of(row) for row in rows]
+        assert len(set(keys)) == len(keys)
+        if not table.tune:  # a tuned table is committed row by row while it runs
+            seeds = sorted({key.seed for key in keys})
+            assert [(key.variant, key.seed) for key in keys] == [
+                (name, seed) for name in table.variants for seed in seeds
+            ]
+        assert all(is_current(table, key, row) for key, row in zip(keys, rows, strict=True))
+        last = {key_of(row): row for row in read_rows(RESULTS / f"{table.name}_epochs.csv")}
+        for key, row in zip(keys, rows, strict=True):
+            assert row["status"] == "failed" or last[key]["top1"] == row["top1"]
 
 
 def test_pictures_are_those_of_the_committed_numbers(tmp_path: Path) -> None:

@@ -1,17 +1,17 @@
-"""What results/TABLE.csv say: tables in Markdown, sentences, pictures; results/README.md, and README.md's overview."""
+"""What results/TABLE.csv say: tables in Markdown, sentences; results/README.md, and README.md's overview."""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from lab.experiments.paired import Estimate, Rows, by_seed, difference, level
+from lab.experiments import tuned
+from lab.experiments.markdown import interval, spread
+from lab.experiments.paired import Rows, difference, level
+from lab.experiments.pictures import PANELS
+from lab.experiments.rows import done_epochs, final_rows, load_rows
 from lab.experiments.table import TABLES, Table, list_tables, load_table
-from lab.files import markdown_table, read_rows, save_figure, write_atomically
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from lab.files import markdown_table, read_rows, write_atomically
 
 PAGE = """\
 # Results
@@ -26,6 +26,15 @@ Intervals are not corrected for the number of comparisons: of twenty without a r
 `relu`, `gelu`, ... are the activation itself, with its own gradient; `sugar-...` is ReLU with that one's gradient. A
 dead unit was never above 0 on the validation data; a smooth activation still has a gradient there. An empty cell was
 not counted.
+
+A run collapsed if its loss is not finite or its top-1 is within 2 points of chance, and failed if it diverged before
+its end. Such runs are counted and left out of every mean and difference.
+
+Some tables say before they run what decides: the primary contrast and the margin within which two variants count as
+equal. In these each variant has its own learning rate, chosen on held-out training images from one grid with one budget
+for all, and every final seed is new. Beside the paired interval stands Welch's, which makes no use of the pairs. p is
+of the paired t-test; Holm's correction is over all contrasts of the table but the primary one. TOST is the equivalence
+test of two one-sided paired t-tests at the margin.
 """
 COLUMNS = ("variant", "n", "top-1 (%)", "minus `{}` (points)", "minus the activation itself (points)", "training loss",
            "dead units (%)", "zeros (%)")  # fmt: skip
@@ -40,24 +49,6 @@ DEPTHS = {
         "--compare output/reproduce/deep/relu-0 output/reproduce/deep/sugar-nelu-0.01-0",
     ),
 }
-PANELS = {"dead": "dead units (%)", "zeros": "exact zeros (%)", "gradient": "units with a gradient (%)"}
-
-
-def spread(value: Estimate, digits: int = 2, factor: float = 1) -> str:
-    """Mean ± standard deviation; the mean alone for one seed, nothing without a number."""
-    if not math.isfinite(value.mean):
-        return "diverged" if value.n else ""
-    text = f"{factor * value.mean:.{digits}f}"
-    return text if math.isnan(value.spread) else f"{text} ± {factor * value.spread:.{digits}f}"
-
-
-def interval(value: Estimate, factor: float = 1) -> str:
-    """Mean and 95 % interval of a difference, times a factor."""
-    if not value.n:
-        return ""
-    numbers = (factor * number for number in (value.mean, value.low, value.high))
-    mean, low, high = (f"{round(number, 2) + 0.0:+.2f}" for number in numbers)  # + 0.0: no -0.00
-    return mean if math.isnan(value.low) else f"{mean} [{low}, {high}]"
 
 
 def twin(table: Table, variant: str) -> str | None:
@@ -132,14 +123,18 @@ def sentence(rows: Rows, pairs: dict[str, str], what: str, other: str, column: s
     gaps = {one: gap for one, gap in gaps.items() if gap.n}
     if not gaps:
         return ""
-    if any(math.isnan(gap.low) for gap in gaps.values()):
+    single = [one for one, gap in gaps.items() if math.isnan(gap.low)]
+    if len(single) == len(gaps):
         return f"One seed says nothing about a difference in {what} from the run {other}."
+    gaps = {one: gap for one, gap in gaps.items() if one not in single}
     parts = []
     for sign, text in ((1, f"{what} is higher than {other}"), (-1, f"{what} is lower than {other}"),
                        (0, f"no difference in {what} from the runs {other} is shown")):  # fmt: skip
         named = [f"`{one}` ({interval(gap, factor)})" for one, gap in gaps.items() if gap.sign == sign]
         if named:
             parts.append(f"{text} for {', '.join(named)}")
+    if single:
+        parts.append(f"one seed says nothing of {', '.join(f'`{one}`' for one in single)}")
     seeds = " to ".join(map(str, sorted({gap.n for gap in gaps.values()})))
     return f"In {seeds} paired seeds, {'; '.join(parts)}."
 
@@ -151,7 +146,7 @@ def overview(results: Path) -> str:
     """
     lines = []
     for table in map(load_table, list_tables()):
-        rows = read_rows(results / f"{table.name}.csv")
+        rows = final_rows(load_rows(table, results))
         gaps = {name: difference(rows, name, table.baseline) for name in table.variants if name != table.baseline}
         gaps = {name: gap for name, gap in gaps.items() if gap.n > 1}
         if gaps:
@@ -166,21 +161,31 @@ def overview(results: Path) -> str:
 
 def compare(table: Table, rows: list[dict[str, str]]) -> str:
     """What to print when a table has run."""
-    return f"\n{table.title}\n\n{table_of(table, rows)}\n\n{verdict(table, rows)}"
+    return f"\n{table.title}\n\n{body(table, rows)}"
+
+
+def body(table: Table, rows: list[dict[str, str]]) -> str:
+    """What the rows of a table say: sentences and tables."""
+    if table.primary or table.tune:
+        return tuned.body(table, rows)
+    final = final_rows(rows)
+    found = "\n".join(filter(None, [verdict(table, final), tuned.failures(table, final)]))
+    return f"{found}\n\n{table_of(table, final)}"
 
 
 def section(table: Table, results: Path) -> str:
     """The part of the page about one table that has run."""
-    rows, curves = read_rows(results / f"{table.name}.csv"), read_rows(results / f"{table.name}_epochs.csv")
-    ran = {key: sorted({row[key] for row in rows}) for key in ("device", "torch", "timm", "timm_sugar", "epochs")}
+    rows, curves = load_rows(table, results), done_epochs(table, results)
+    ran = {key: sorted({row[key] for row in rows}) for key in ("device", "torch", "timm", "timm_sugar")}
     versions = ", ".join(f"{key} {'/'.join(ran[key])}" for key in ("torch", "timm", "timm_sugar"))
-    epochs = f"{'/'.join(ran['epochs'])} epochs; {'; '.join(ran['device'])}; {versions}."
+    epochs = "/".join(sorted({row["epochs"] for row in final_rows(rows) or rows}))
     note = f"{table.note}\n\n" if table.note else ""
     picture, by_epoch = results / f"{table.name}.png", table_of_epochs(table, curves)
     by_epoch = f"\n{by_epoch}\n" if by_epoch else ""
     image = f"\n![Top-1 and dead units by variant and epoch]({table.name}.png)\n" if picture.exists() else ""
     return (
-        f"\n## {table.title}\n\n{note}{verdict(table, rows)}\n\n{table_of(table, rows)}\n{by_epoch}{image}\n{epochs}\n"
+        f"\n## {table.title}\n\n{note}{body(table, rows)}\n{by_epoch}{image}\n"
+        f"{epochs} epochs; {'; '.join(ran['device'])}; {versions}.\n"
         f"Settings: [`{table.name}.yaml`](../scripts/reproduce/{table.name}.yaml); each run: [`{table.name}.csv`]"
         f"({table.name}.csv). Again:\n\n```bash\n{command(table)}\n```\n"
     )
@@ -196,7 +201,7 @@ def page(results: Path) -> str:
     """The text of results/README.md: the tables that have run, then the names of those that haven't."""
     parts, missing = [PAGE], []
     for table in map(load_table, list_tables()):
-        if read_rows(results / f"{table.name}.csv"):
+        if load_rows(table, results):
             parts.append(section(table, results))
         else:
             missing.append(f"- {table.title}: `{command(table)}`")
@@ -222,59 +227,3 @@ def depth_section(name: str, results: Path) -> str:
 def write_page(results: Path) -> None:
     """Write results/README.md."""
     write_atomically(results / "README.md", page(results))
-
-
-def write_picture(table: Table, results: Path) -> None:
-    """Draw results/TABLE.png: top-1 of every run, and over the epochs top-1 and dead units, means over the seeds."""
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure  # here, since it takes long to import
-
-    rows, epochs = read_rows(results / f"{table.name}.csv"), read_rows(results / f"{table.name}_epochs.csv")
-    variants = [name for name in table.variants if by_seed(rows, name, "top1")]
-    figure = Figure(figsize=(13, max(3.4, 0.28 * len(variants) + 1.2)), layout="constrained")
-    figure.suptitle(table.title)
-    dots, accuracy, dead = figure.subplots(1, 3)
-    colors = colormaps["tab10" if len(variants) <= 10 else "tab20"](range(len(variants)))
-    for i, (name, color) in enumerate(zip(variants, colors, strict=True)):
-        values = list(by_seed(rows, name, "top1").values())
-        dots.plot(values, [i] * len(values), "o", alpha=0.5, color=color)
-        dots.plot([level(rows, name).mean], [i], "|", markersize=16, color="black")
-        draw_epochs(accuracy, epochs, name, "top1", 1, color)
-        draw_epochs(dead, epochs, name, "dead_units", 100, color)
-    if table.baseline in variants:
-        dots.axvline(level(rows, table.baseline).mean, color="gray", linewidth=0.8, linestyle=":")
-    dots.set(yticks=range(len(variants)), yticklabels=variants, xlabel="top-1 (%), each run and the mean")
-    dots.set_ylim(len(variants) - 0.5, -0.5)
-    for tick, color in zip(dots.get_yticklabels(), colors, strict=True):
-        tick.set_color(color)
-    accuracy.set(xlabel="epoch", ylabel="top-1 (%)")
-    most = max(1.0, dead.get_ylim()[1])  # where none is dead, there is no range to show
-    dead.set(xlabel="epoch", ylabel="dead units (%)", ylim=(-0.03 * most, most))
-    for axes in (accuracy, dead):
-        axes.locator_params("x", integer=True)
-    save_figure(figure, results / f"{table.name}.png")
-
-
-def draw_epochs(axes: Axes, epochs: list[dict[str, Any]], variant: str, column: str, factor: float, color: Any) -> None:
-    """The mean of a column over the seeds, by epoch; no line if there are no numbers."""
-    numbers = sorted({int(row["epoch"]) for row in epochs if row["variant"] == variant})
-    means = [level([row for row in epochs if row["epoch"] == str(epoch)], variant, column).mean for epoch in numbers]
-    points = [(epoch + 1, factor * mean) for epoch, mean in zip(numbers, means, strict=True) if math.isfinite(mean)]
-    if points:
-        axes.plot(*zip(*points, strict=True), ".-", color=color, label=variant)
-
-
-def draw_depth(rows: list[dict[str, str]], path: Path) -> None:
-    """Shares by depth, one panel each, all models in each panel; `rows` as scripts/diagnose.py writes them."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    for axes, (key, title) in zip(figure.subplots(1, len(PANELS)), PANELS.items(), strict=True):
-        for model, marker in zip(models, "os", strict=False):
-            shares = [100 * float(row[key]) for row in rows if row["model"] == model and row["layer"] != "total"]
-            axes.plot(shares, f"-{marker}", markersize=4, label=model)
-        axes.set(title=title, xlabel="activation, by depth", ylim=(-3, 103))
-        axes.grid(alpha=0.3)
-    figure.axes[0].legend()
-    save_figure(figure, path)

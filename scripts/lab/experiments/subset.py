@@ -26,34 +26,47 @@ def _images(open_split: Split, split: str) -> Any:
     return images
 
 
-def _ranked(images: Any) -> dict[int, list[tuple[str, int]]]:
-    """For each class the SHA-256 of the pixels and the index of each image, lowest first."""
+def _ranked(images: Any, seed: int | None = None) -> dict[int, list[tuple[str, int]]]:
+    """For each class the SHA-256 of seed and pixels and the index of each image, lowest first."""
+    salt = b"" if seed is None else f"seed {seed}".encode()
     by_class: dict[int, list[tuple[str, int]]] = {}
     for i in range(len(images)):
         image, label = images[i]
-        by_class.setdefault(int(label), []).append((sha256(image.tobytes()).hexdigest(), i))
+        by_class.setdefault(int(label), []).append((sha256(salt + image.tobytes()).hexdigest(), i))
     return {label: sorted(entries) for label, entries in by_class.items()}
 
 
-def make_subset(open_split: Split, root: Path, per_class: int, held_out: int = 0) -> None:
+def make_subset(
+    open_split: Split, root: Path, per_class: int | None = None, held_out: int = 0, seed: int | None = None
+) -> None:
     """Write root/train/LABEL/ and root/validation/LABEL/ as PNG, whole or not at all.
 
-    Training images are the `per_class` ones of each class of split `train` whose pixels have the lowest SHA-256, so
-    the same ones whatever the files are called; validation images are the next `held_out`, or, for 0, split
-    `validation`. `open_split` opens one that `timm_sugar.data.open_dataset` knows. Raises DataError for a stream and
-    for a class that has too few images.
+    The images are chosen by the SHA-256 of their pixels, so they are the same whatever the files are called.
+
+    Args:
+        open_split: Opens a split that `lab.training.data.open_dataset` knows.
+        root: The folder to write.
+        per_class: How many training images of each class; None for all but those held out.
+        held_out: How many further training images of each class to validate on; 0 for split `validation`.
+        seed: Draws other images: it goes into the hash. None for the images of lowest SHA-256.
+
+    Raises:
+        DataError: If the data is a stream, or a class has too few images.
     """
     train = _images(open_split, "train")
-    ranked = _ranked(train)
-    if min(map(len, ranked.values()), default=0) < per_class + held_out:
-        raise DataError(f"a class has fewer than the {per_class + held_out} training images that the subset needs")
+    ranked = _ranked(train, seed)
+    smallest = min(map(len, ranked.values()), default=0)
+    if smallest < (needed := (per_class or 1) + held_out):
+        raise DataError(f"a class has fewer than the {needed} training images that the subset needs")
+    chosen, rest = {}, {}
+    for label, entries in ranked.items():
+        count = len(entries) - held_out if per_class is None else per_class
+        chosen[label], rest[label] = entries[:count], entries[count : count + held_out]
     partial = root.with_name(f"tmp-{root.name}")
     shutil.rmtree(partial, ignore_errors=True)
-    _save(train, {label: entries[:per_class] for label, entries in ranked.items()}, partial / "train")
+    _save(train, chosen, partial / "train")
     validation = train
-    if held_out:
-        rest = {label: entries[per_class : per_class + held_out] for label, entries in ranked.items()}
-    else:
+    if not held_out:
         validation = _images(open_split, "validation")
         rest = _ranked(validation)
     _save(validation, rest, partial / "validation")
