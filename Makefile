@@ -1,8 +1,10 @@
 # make quickstart   fine-tune pretrained SUGAR weights on scikit-learn's digits on the CPU and show what came out
-# make test         run the tests on two cores
+# make test         run the tests that a change needs first, on two cores
+# make test-all     run all tests
+# make test-torch   run the tests of the library with another torch: make test-torch TORCH=2.6.0
 # make clean        remove the environment and what the tools left
 #
-# Both make the environment .venv first if it is missing. PYTHON=python3.12 chooses the interpreter for it.
+# They make the environment .venv first if it is missing. PYTHON=python3.12 chooses the interpreter for it.
 
 PYTHON ?= python3
 TESTS ?= tests
@@ -13,7 +15,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help quickstart test clean
+.PHONY: help quickstart test test-all test-torch clean
 .DELETE_ON_ERROR:
 
 help:
@@ -35,7 +37,17 @@ quickstart: $(VENV)/installed-train
 	$(BIN)/python scripts/quickstart.py
 
 test: $(VENV)/installed-test
+	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "not slow" $(TESTS)
+
+test-all: $(VENV)/installed-test
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS)
 
+# The wheel, not the checkout, in an environment of its own; nothing of the laboratory.
+test-torch:
+	@test -n "$(TORCH)" || { echo "make: error: name a version, e.g. make test-torch TORCH=2.6.0" >&2; exit 2; }
+	$(PYTHON) -m venv .venv-torch-$(TORCH)
+	.venv-torch-$(TORCH)/bin/python -m pip install --disable-pip-version-check "torch==$(TORCH)" . pytest pytest-xdist setuptools
+	$(ONE_THREAD) .venv-torch-$(TORCH)/bin/python -m pytest -n $(JOBS) --dist worksteal -p no:cacheprovider tests/library
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .venv-torch-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,5 +1,7 @@
 """`sugar()` and the `SUGAR` module: ReLU forward, a surrogate's derivative backward."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from timm_sugar._operator import apply
@@ -34,7 +36,7 @@ class SUGAR(nn.Module):
         self.surrogate, self.values, self.formula = chosen.name, chosen.values, chosen.formula
         self.overwrites = False  # whether its value is written into its input, as an in-place ReLU's is
 
-    def __setstate__(self, state: dict) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"overwrites": False, **state})
         self.formula = get_surrogate(self.surrogate).formula  # today's, whatever it was when the module was pickled
 

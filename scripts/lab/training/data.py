@@ -23,7 +23,7 @@ class DataError(UserError):
     """Data that can't be used as it is; the message is one line that says what is wrong and what to do."""
 
 
-def open_dataset(name: str, root: str | None, split: str, *, skip_broken: bool = False, **options: Any) -> Dataset:
+def open_dataset(name: str, root: str | None, split: str, *, skip_broken: bool = False, **options: Any) -> Dataset[Any]:
     """`timm.data.create_dataset(name, root, split, **options)`, checked.
 
     Raises DataError for a folder that is missing, empty, has no such split or no class folders, and, when the image is
@@ -81,7 +81,7 @@ def _check_folder(root: str | None, split: str) -> None:
         raise DataError(f"data folder {split_folder(path, split)} is empty")
 
 
-class RandomPart(Dataset):
+class RandomPart(Dataset[Any]):
     """`count` examples of a data set (or all, if it has fewer), drawn with the seed, in their order.
 
     A loader may set `transform`, which is that of the data set. Raises DataError for a data set that is a stream.
@@ -108,7 +108,7 @@ class RandomPart(Dataset):
         return self.dataset[self.indices[index]]
 
 
-class _CheckedImages(Dataset):
+class _CheckedImages(Dataset[Any]):
     """timm's ImageDataset, except that an unreadable image doesn't become its neighbour in silence."""
 
     def __init__(self, dataset: ImageDataset, skip_broken: bool) -> None:
