@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -25,10 +26,11 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from lab.cli import Parser, UserError, explained
+from lab.cli import Parser, UserError, explained, whole
 from lab.files import environment, write_atomically
 from lab.release.card import CARD, CONFIG, card
-from lab.release.hub import changes, check, check_token, push
+from lab.release.checks import LARGEST_IMAGE, check
+from lab.release.hub import changes, check_token, push
 from lab.release.stage import Run, add_twin, stage
 from lab.training.data import class_to_idx, open_dataset
 
@@ -125,6 +127,13 @@ def push_all(args: argparse.Namespace) -> None:
         print(f"{repo_id}: {'; '.join(done) if done else 'up to date'}", flush=True)
 
 
+def tag(text: str) -> str:
+    """A tag as an option: it becomes a part of the name of a folder and of a repository."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", text):
+        raise argparse.ArgumentTypeError(f"a tag has letters, digits, _ and - only, not {text!r}")
+    return text
+
+
 def build_parser() -> Parser:
     """All commands and their options."""
     parser = Parser("publish.py", description=__doc__)
@@ -140,10 +149,15 @@ def build_parser() -> Parser:
 
     add = command("stage", stage_run, "make a model's folder from a training run")
     add("run", type=Path, metavar="RUN", help="folder of a finished run of scripts/train.py")
-    add("--tag", required=True, metavar="TAG", help="what tells these weights from others, e.g. bsilu_cifar10")
+    add("--tag", required=True, type=tag, metavar="TAG", help="tells these weights from others, e.g. bsilu_cifar10")
     add("--dataset", required=True, metavar="NAME", help="cifar10, tin200, or a name of your own")
     add("--data-dir", metavar="DIR", help="data to evaluate on (default: that of the run)")
-    add("--img-size", type=int, metavar="N", help="publish and evaluate it at so many pixels (default: as trained)")
+    add(
+        "--img-size",
+        type=whole(1, LARGEST_IMAGE),
+        metavar="N",
+        help="pixels to publish and evaluate it at (default: as trained)",
+    )
     add("--license", default="apache-2.0", metavar="ID", help="of the weights (default: %(default)s)")
     add("--note", action="append", default=[], metavar="TEXT", help="a sentence on the training for the card")
     add("--org", default=ORG, metavar="ORG", help="organisation or user that the card names (default: %(default)s)")

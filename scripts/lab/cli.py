@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import math
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from timm.utils import ParseKwargs
 # What timm, torch and the file system raise for a user's mistake; anything else is a bug and keeps its traceback.
 _MISTAKES = (
     *(RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError),
-    *(EOFError, pickle.UnpicklingError, SafetensorError),
+    *(EOFError, pickle.UnpicklingError, SafetensorError, yaml.YAMLError, ArithmeticError, MemoryError),
 )
 
 
@@ -62,6 +63,41 @@ class Parser(argparse.ArgumentParser):
         except KeyboardInterrupt:
             return 130
         return 0
+
+
+def whole(least: int, most: int | None = None) -> Callable[[str], int]:
+    """The type of an option that is a whole number in a range: `add("-b", type=whole(1))`."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a whole number, not {text!r}") from None
+        if number < least or (most is not None and number > most):
+            span = f"{least} or more" if most is None else f"{least} to {most}"
+            raise argparse.ArgumentTypeError(f"expected {span}, not {text}")
+        return number
+
+    return parse
+
+
+def real(least: float = -math.inf, most: float = math.inf, *, above: float | None = None) -> Callable[[str], float]:
+    """The type of an option that is a finite number from `least` to `most`, and above `above` where that is given."""
+    bounds = [f"above {above:g}"] if above is not None else [f"{least:g} or more"] if least > -math.inf else []
+    bounds += [f"at most {most:g}"] if most < math.inf else []
+    span = " and ".join(bounds) or "a finite number"
+
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a number, not {text!r}") from None
+        inside = least <= number <= most and (above is None or number > above)
+        if not (math.isfinite(number) and inside):
+            raise argparse.ArgumentTypeError(f"expected {span}, not {text}")
+        return number
+
+    return parse
 
 
 class KeyValues(ParseKwargs):

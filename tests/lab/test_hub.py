@@ -13,7 +13,8 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from lab.cli import UserError
-from lab.release.hub import changes, check, check_token, push
+from lab.release.checks import check
+from lab.release.hub import changes, check_token, push
 from lab.release.stage import FILES
 from loopback_hub import READ, WRITE, LoopbackHub
 from safetensors.torch import load_file, save_file
@@ -79,6 +80,25 @@ def edit_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], objec
     refresh(folder)
 
 
+def edit_size(folder: Path, size: list[int] | None) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"]["input_size"] = size
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_text(folder: Path, old: str, new: str) -> None:
+    text = (folder / "config.json").read_text()
+    assert old in text
+    (folder / "config.json").write_text(text.replace(old, new))
+
+
+def link_log(folder: Path) -> None:
+    outside = folder.parent / "outside.txt"
+    outside.write_text("not ours to publish")
+    (folder / "train.log").unlink()
+    (folder / "train.log").symlink_to(outside)
+
+
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pickle": (lambda f: torch.save({}, f / "pytorch_model.bin"), "pickled code"),
     "a pickle below": (lambda f: ((f / "a").mkdir(), torch.save({}, f / "a" / "x.pth")), "pickled code"),
@@ -106,6 +126,41 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "NaN": (lambda f: edit_weights(f, lambda w: w["fc.bias"].fill_(torch.nan)), "NaN or infinite"),
     "infinity": (lambda f: edit_weights(f, lambda w: w["fc.bias"].fill_(-torch.inf)), "NaN or infinite"),
+    "weights in 8 bits": (
+        lambda f: edit_weights(f, lambda w: w.update({"fc.bias": w["fc.bias"].to(torch.float8_e4m3fn)})),
+        "fc.bias is torch.float8_e4m3fn",
+    ),
+    "no labels": (lambda f: edit_config(f, lambda c: c.update(label_names=None)), "label_names must be a list"),
+    "an architecture that is none": (
+        lambda f: edit_config(f, lambda c: c.update(architecture="no/such")),
+        "doesn't load into",
+    ),
+    "an architecture that is no name": (
+        lambda f: edit_text(f, '"architecture": "test_resnet"', '"architecture": [1]'),
+        "architecture a name",
+    ),
+    "a huge image": (lambda f: edit_size(f, [3, 10**6, 10**6]), "should be three numbers up to 4096"),
+    "a negative image": (lambda f: edit_size(f, [3, -1, 32]), "should be three numbers up to 4096"),
+    "no channels": (lambda f: edit_size(f, None), "should be three numbers up to 4096"),
+    "a billion classes": (
+        lambda f: edit_config(f, lambda c: c.update(num_classes=10**9)),
+        "should be a number up to 100000",
+    ),
+    "classes named twice": (
+        lambda f: edit_config(f, lambda c: c["model_args"].update(num_classes=3)),
+        "model_args.num_classes is 3 and should be left out",
+    ),
+    "YAML that builds objects": (
+        lambda f: (f / "train_args.yaml").write_text("a: !!python/object/apply:os.system ['true']"),
+        "can't write the card",
+    ),
+    "a linked log": (lambda f: link_log(f), "train.log is a link"),
+    "a token in the log": (
+        lambda f: (f / "train.log").write_text("HF_TOKEN=hf_" + 34 * "a"),
+        "train.log holds what looks like a token",
+    ),
+    "a picture that is a page": (lambda f: (f / "curves.png").write_text("<html>"), "curves.png is not a picture"),
+    "a log that is no text": (lambda f: (f / "train.log").write_bytes(b"\xff\xfe\x00"), "train.log is not text"),
     "torn weights": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
         "not a whole safetensors",
@@ -125,8 +180,8 @@ def test_folder_is_refused_with_one_line(what: str, folder: Path) -> None:
 def test_model_of_the_project_is_refused_if_its_tag_says_something_else(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lab.release.hub.MODEL_CARDS", folder.parent)
-    monkeypatch.setattr("lab.release.hub.WEIGHTS_FILE", tmp_path / "weights.json")
+    monkeypatch.setattr("lab.release.checks.MODEL_CARDS", folder.parent)
+    monkeypatch.setattr("lab.release.checks.WEIGHTS_FILE", tmp_path / "weights.json")
     tag = describe(json.loads((folder / "config.json").read_text()), folder / "model.safetensors")
     (tmp_path / "weights.json").write_text(json.dumps({NAME: tag}))
     check(folder)
@@ -267,3 +322,28 @@ def test_read_only_token_is_one_line_and_leaves_nothing(folder: Path, hub: Loopb
         push(client(hub, READ), REPO, folder, private=False)
     assert READ not in str(caught.value)
     assert not hub.repos
+
+
+@pytest.mark.parametrize("answer", [{}, None, [], "hello", 0], ids=repr)
+def test_what_is_no_hub_is_one_line_and_nothing_is_pushed(answer: object, folder: Path, hub: LoopbackHub) -> None:
+    hub.instead = answer
+    for call in (
+        lambda: check_token(client(hub), "org"),
+        lambda: changes(client(hub), REPO, folder),
+        lambda: push(client(hub), REPO, folder, private=False),
+    ):
+        with pytest.raises(UserError) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+    assert not hub.repos
+
+
+def test_a_commit_that_the_hub_only_says_it_made_is_not_tagged(folder: Path, hub: LoopbackHub) -> None:
+    hub.forget = True
+    with pytest.raises(UserError, match=r"the Hub took the commit, but would still add README.md"):
+        push(client(hub), REPO, folder, private=False)
+    assert hub.repos[REPO].tags == {}
+    assert hub.repos[REPO].private
+    hub.forget = False
+    push(client(hub), REPO, folder, private=False)
+    assert list(hub.repos[REPO].tags) == [f"v{__version__}"]

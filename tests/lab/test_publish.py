@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import fgi
 import pytest
 from lab.release.stage import FILES
 from loopback_hub import READ, WRITE, LoopbackHub, Repo
@@ -129,6 +130,11 @@ def test_push_without_a_token_that_may_write_is_one_line(
     [
         ("push resnet18_sugar.x --models {root}/models", "no model resnet18_sugar.x in"),
         ("push --models {root}/none", "no models in"),
+        ("stage {root}/test_resnet_sugar --tag ../../x --dataset d --models {root}/new", "a tag has letters"),
+        ("stage {root}/test_resnet_sugar --tag a/b --dataset d --models {root}/new", "a tag has letters"),
+        ("stage {root}/test_resnet_sugar --tag= --dataset d --models {root}/new", "a tag has letters"),
+        ("stage {root}/test_resnet_sugar --tag x --dataset d --img-size 0 --models {root}/new", "expected"),
+        ("stage {root}/test_resnet_sugar --tag x --dataset d --img-size 9999999 --models {root}/new", "1 to 4096"),
         ("cards --models {root}/none", "no models in"),
         ("stage {root}/none --tag x --dataset d --models {root}/new", "is not a training run"),
         ("stage {root}/test_resnet_sugar --tag bsilu_x --dataset d --models {root}/models", "exists"),
@@ -157,31 +163,44 @@ def test_cards_are_written_again_and_other_files_are_left(root: Path) -> None:
 
 
 RUN_BLOCKS = """
-import json, pathlib, re, sys
+import copy, json, pathlib, re, sys
 config = json.loads(pathlib.Path(sys.argv[1]).with_name("config.json").read_text())
 stock = not config["architecture"].endswith("_sugar")
 blocks = re.findall(r"```python\\n(.*?)```", open(sys.argv[1]).read(), flags=re.DOTALL)
-assert len(blocks) == 4
+assert len(blocks) == 5
 for i, block in enumerate(blocks):
     names = {}
     exec(block, names)
-    assert ("timm_sugar" in sys.modules) == (i == 3 or not stock), block
+    assert ("timm_sugar" in sys.modules) == (i == 4 or not stock), block
 assert names["model"].num_classes == 5
-assert sum(p.grad.abs().sum() for p in names["model"].parameters()) > 0
+
+import torch
+from fgi import inject
+from timm_sugar import SUGAR
+arguments = dict(config["sugar"]["model_args"])
+model = names["model"].double().eval()
+oracle = inject(copy.deepcopy(model), (SUGAR,), arguments.pop("surrogate"), **{k: arguments[k] for k in ("alpha",)})
+x = torch.randn(2, *config["pretrained_cfg"]["input_size"], dtype=torch.float64)
+for network in (model, oracle):
+    network.zero_grad()
+    network(x).square().sum().backward()
+for ours, theirs in zip(model.parameters(), oracle.parameters(), strict=True):
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-9)
 """
 
 
 @pytest.mark.parametrize("folder", [None, *PUBLISHED], ids=lambda folder: folder.name if folder else "toy")
 def test_every_block_of_a_card_runs(folder: Path | None, root: Path, hub: LoopbackHub, tmp_path: Path) -> None:
-    """The first three blocks load a stock network where there is one, and then this package was never imported."""
+    """All blocks but the last load a stock network where there is one; this package was then never imported."""
     repo = f"timm-sugar/{folder.name}" if folder else f"me/{NAME}"
     folder = folder or root / "models" / NAME
     hub.repos[repo] = Repo()
     hub.repos[repo].commit({path.name: path.read_bytes() for path in folder.iterdir()})
     Image.new("RGB", (80, 60), "orange").save(tmp_path / "image.jpg")
+    environment = hub.environment(tmp_path / "home") | {"PYTHONPATH": str(Path(fgi.__file__).parent)}
     done = subprocess.run(
         [sys.executable, "-c", RUN_BLOCKS, str(folder / "README.md")],
-        **{"env": hub.environment(tmp_path / "home"), "cwd": tmp_path, "capture_output": True, "text": True},
+        **{"env": environment, "cwd": tmp_path, "capture_output": True, "text": True},
         **{"timeout": 300, "check": False},
     )
     assert done.returncode == 0, done.stderr
@@ -190,3 +209,4 @@ def test_every_block_of_a_card_runs(folder: Path | None, root: Path, hub: Loopba
     shown = re.findall(r"^[\d.]+% (.+)$", done.stdout, flags=re.MULTILINE)
     assert len(shown) == 3
     assert set(shown) <= {description or label for label, description in labels}
+    assert set(done.stdout.splitlines()) & set(config["label_names"])  # what the pipeline of transformers says

@@ -69,6 +69,8 @@ class LoopbackHub:
         self.alive_for: int | None = None  # requests that are answered still; then every connection is cut
         self.refuse: int | None = None  # the request (counted from 1) that is answered with status 400
         self.lose: int | None = None  # the request (counted from 1) that is carried out but not answered
+        self.instead: object = ...  # what every request is answered with, with status 200, as by a proxy
+        self.forget = False  # whether a commit is answered as if it were made
         self.truncate: set[str] = set()  # names of files whose next transfer breaks off half-way
         self.other_content: dict[str, bytes] = {}  # what is sent for a file instead, of the same size
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -124,6 +126,8 @@ class _Handler(BaseHTTPRequestHandler):
             if hub.alive_for < 0:
                 self.close_connection = True
                 return
+        if hub.instead is not ...:
+            return self.answer(200, hub.instead)
         if hub.refuse is not None:
             hub.refuse -= 1
             if hub.refuse == 0:
@@ -276,6 +280,8 @@ class _Handler(BaseHTTPRequestHandler):
         if denied := self.denied():
             return denied
         files = dict(self.hub.repos[repo].files)
+        if self.hub.forget:
+            return 200, {"commitOid": 40 * "0", "commitUrl": f"{self.hub.url}/{repo}/commit/0", "pullRequestUrl": None}
         for line in map(json.loads, self.body.splitlines()):
             value = line["value"]
             if line["key"] == "file":

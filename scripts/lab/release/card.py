@@ -72,52 +72,61 @@ def card(folder: Path) -> str:
         return _render(folder.name, config, recipe, rows, size)
 
 
-def _render(name: str, config: dict[str, Any], recipe: dict[str, Any], rows: list[dict[str, str]], size: int) -> str:
-    sugar, cfg, own = config["sugar"], config["pretrained_cfg"], rows[0]
-    dataset = DATASETS.get(sugar["dataset"])
-    architecture = name.partition(".")[0]
-    shown = dataset or Dataset(
-        "", sugar["dataset"], "validation", "", "`DATA` holds `train/CLASS/` and `validation/CLASS/`."
+def _shown(name: str) -> Dataset:
+    """What the card says of a data set, one of DATASETS or a name of one's own."""
+    return DATASETS.get(name) or Dataset(
+        "", name, "validation", "", "`DATA` holds `train/CLASS/` and `validation/CLASS/`."
     )
-    data = ModelCardData(
+
+
+def _metadata(name: str, config: dict[str, Any], own: dict[str, str]) -> ModelCardData:
+    """The head of the card, which the Hub reads."""
+    shown = _shown(config["sugar"]["dataset"])
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=shown.hub_id or shown.name,
+            dataset_name=shown.name,
+            dataset_split=shown.split,
+            metric_type="accuracy",
+            metric_name=metric,
+            metric_value=float(f"{float(own[key]):.2f}"),
+        )
+        for key, metric in (("top1", "Top-1 accuracy (%)"), ("top5", "Top-5 accuracy (%)"))
+    ]
+    return ModelCardData(
         model_name=name,
         library_name="timm",
         pipeline_tag="image-classification",
-        license=cfg["license"],
-        datasets=[dataset.hub_id] if dataset else None,
+        license=config["pretrained_cfg"]["license"],
+        datasets=[shown.hub_id] if shown.hub_id else None,
         tags=["image-classification", "timm", "relu", "sugar"],
-        eval_results=[
-            EvalResult(
-                task_type="image-classification",
-                dataset_type=shown.hub_id or shown.name,
-                dataset_name=shown.name,
-                dataset_split=shown.split,
-                metric_type="accuracy",
-                metric_name=metric,
-                metric_value=float(f"{float(own[key]):.2f}"),
-            )
-            for key, metric in (("top1", "Top-1 accuracy (%)"), ("top5", "Top-5 accuracy (%)"))
-        ],
+        eval_results=results,
     )
-    plain = architecture.removesuffix(SUFFIX)
+
+
+def _render(name: str, config: dict[str, Any], recipe: dict[str, Any], rows: list[dict[str, str]], size: int) -> str:
+    sugar, cfg = config["sugar"], config["pretrained_cfg"]
+    architecture = name.partition(".")[0]
+    base = architecture.removesuffix(SUFFIX)
     text = ModelCard.from_template(
-        data,
+        _metadata(name, config, rows[0]),
         template_path=str(TEMPLATE),
         name=name,
         org=sugar["org"],
         registered=sugar["org"] == ORG,
         architecture=architecture,
-        base=ALIASES.get(plain, plain),
+        base=ALIASES.get(base, base),
         stock=not config["architecture"].endswith(SUFFIX),
         config=config,
         surrogate=SURROGATES.get(sugar["model_args"]["surrogate"], sugar["model_args"]["surrogate"]),
         alpha=sugar["model_args"].get("alpha"),
-        dataset=shown,
+        dataset=_shown(sugar["dataset"]),
         size=cfg["input_size"][-1],
         trained_size=recipe.get("img_size") or cfg["input_size"][-1],
         classes=config["num_classes"],
         rows=rows,
-        own=own,
+        own=rows[0],
         twin=next((row for row in rows if row["weights"] == TWIN), None),
         megabytes=f"{size / 1e6:.1f}",
         recipe=recipe,

@@ -5,6 +5,7 @@ A folder is exactly what its repository on the Hub holds; its name is the model'
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -183,6 +184,9 @@ def _save(model: nn.Module, run: Run, folder: Path, licence: str, labels: list[s
         data_config=resolve_data_config(run.published, model=model),
         safe_serialization=True,
     )
+    config = json.loads((folder / CONFIG).read_text())
+    config["model_args"].pop("num_classes", None)  # stands beside them; transformers would pass it twice
+    write_atomically(folder / CONFIG, json.dumps(config, indent=2))
 
 
 def describe_labels(labels: list[str]) -> dict[str, str] | None:

@@ -1,0 +1,126 @@
+"""What a model's folder must be before it is published; a check raises UserError with the first reason against it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lab.cli import UserError, explained
+from lab.release.card import CARD, CONFIG, card
+from lab.release.stage import FILES
+from timm_sugar.models._weights import MODEL_CARDS, WEIGHTS, WEIGHTS_FILE, describe
+
+_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".tar")
+_TEXTS = (".md", ".json", ".yaml", ".csv", ".log")
+_SECRETS = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16})\b")
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
+LARGEST_IMAGE, MOST_CLASSES = 4096, 100_000  # pixels a side
+
+
+def check(folder: Path) -> None:
+    """Raise UserError for a folder that must not be published; scripts/publish.py push calls this before it uploads.
+
+    Refused are: a missing or additional file, above all a pickle; a link; a text that holds a token; a picture that is
+    none; weights that are not finite or not those of the registered model; a config that disagrees with the folder's
+    name, its weights or the registered model, or names no licence; a card that isn't what the other files make; a model
+    of model_cards/ whose tag says something else.
+    """
+    check_files(folder)
+    config = check_config(folder)
+    check_model(folder, config, check_weights(folder))
+    if (folder / CARD).read_text() != card(folder):
+        raise UserError(f"{folder / CARD} is out of date: run scripts/publish.py cards")
+    if folder.resolve().parent == MODEL_CARDS:  # the project's own
+        entry = json.loads(WEIGHTS_FILE.read_text()).get(folder.name)
+        if entry != describe(config, folder / WEIGHTS):
+            raise UserError(f"{WEIGHTS_FILE} disagrees with {folder}: run scripts/publish.py cards")
+
+
+def check_files(folder: Path) -> None:
+    """Check that a folder holds the files of a model and nothing else, each of them what its name says."""
+    paths = sorted(folder.rglob("*"))
+    if links := [path for path in (folder, *paths) if path.is_symlink()]:
+        raise UserError(f"{links[0]} is a link: put a copy of the file there")
+    there = [str(path.relative_to(folder)) for path in paths if not path.is_dir()]
+    if pickles := [name for name in there if name.endswith(_PICKLES)]:
+        raise UserError(f"{folder / pickles[0]} may hold pickled code: remove it")
+    if unknown := sorted(set(there) - set(FILES)):
+        raise UserError(f"{folder / unknown[0]} doesn't belong into a model's folder: remove it")
+    if missing := [name for name in FILES if name not in there]:
+        raise UserError(f"{folder} has no {missing[0]}: make the folder with scripts/publish.py stage")
+    for name in there:
+        if name.endswith(_TEXTS):
+            with explained(f"{folder / name} is not text"):
+                text = (folder / name).read_text()
+            if _SECRETS.search(text):
+                raise UserError(f"{folder / name} holds what looks like a token: remove it, and revoke the token")
+        if name.endswith(".png"):
+            with explained(f"{folder / name} is not a picture"), Image.open(folder / name, formats=["PNG"]) as picture:
+                picture.verify()
+
+
+def check_config(folder: Path) -> dict[str, Any]:
+    """Return a folder's config after a look at what it says of itself."""
+    path = folder / CONFIG
+    with explained(f"{path} is not the config of a model"):
+        config: dict[str, Any] = json.loads(path.read_text())
+        cfg, labels = config["pretrained_cfg"], config["label_names"]
+        if not isinstance(config["sugar"]["model_args"], dict) or not isinstance(cfg, dict):
+            raise ValueError("model_args and pretrained_cfg must be objects")
+        if not isinstance(labels, list) or not isinstance(config["architecture"], str):
+            raise ValueError("label_names must be a list and architecture a name")
+    if not cfg.get("license"):
+        raise UserError(f"{path} names no licence: add pretrained_cfg.license")
+    size, classes = cfg.get("input_size"), config.get("num_classes")
+    if not isinstance(size, list) or len(size) != 3 or not all(_is_whole(side, LARGEST_IMAGE) for side in size):
+        raise UserError(f"{path}: pretrained_cfg.input_size is {size!r:.60} and should be three numbers up to 4096")
+    if not _is_whole(classes, MOST_CLASSES):
+        raise UserError(f"{path}: num_classes is {classes!r:.60} and should be a number up to {MOST_CLASSES}")
+    for what, said, found in (
+        ("pretrained_cfg.tag", cfg.get("tag"), folder.name.partition(".")[2]),
+        ("num_classes", classes, cfg.get("num_classes")),
+        ("label_names", len(labels), classes),
+        ("model_args.num_classes", config.get("model_args", {}).get("num_classes"), None),  # transformers gives it too
+    ):
+        if said != found:
+            raise UserError(f"{path}: {what} is {said!r} and should be {'left out' if found is None else repr(found)}")
+    return config
+
+
+def _is_whole(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most
+
+
+def check_weights(folder: Path) -> dict[str, Tensor]:
+    """Return a folder's weights, which are whole and finite."""
+    with explained(f"{folder / WEIGHTS} is not a whole safetensors file"):
+        weights = safetensors.torch.load_file(folder / WEIGHTS)
+    for key, value in weights.items():
+        if value.dtype not in _DTYPES:
+            raise UserError(f"{folder / WEIGHTS}: {key} is {value.dtype}: store weights as float16 or float32")
+        if not value.isfinite().all():
+            raise UserError(f"{folder / WEIGHTS}: {key} has values that are NaN or infinite")
+    return weights
+
+
+def check_model(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> None:
+    """Check that the registered model takes the weights, and computes what the config's own architecture does."""
+    architecture = folder.name.partition(".")[0]
+    with explained(f"{folder / WEIGHTS} doesn't load into {architecture}"):
+        local: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        arguments = config["sugar"]["model_args"]
+        model: Any = timm.create_model(architecture, num_classes=config["num_classes"], **arguments).eval()
+        model.load_state_dict(weights)
+    size = config["pretrained_cfg"]["input_size"]
+    image = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))
+    with explained(f"{folder / CONFIG} doesn't agree with {architecture}"), torch.inference_mode():
+        if not torch.equal(local(image), model(image)):
+            raise ValueError("their outputs differ")
