@@ -2,24 +2,21 @@
 
 The one place that knows autograd, compilers and exporters. Tracers that look through an autograd.Function and keep
 ReLU's gradient (torch.fx, torch.export) see an operator and leave it alone, while autograd, vmap and compilers find its
-meaning by dispatch.
+meaning by dispatch. Eager mode goes without the operator: an autograd.Function is enough there, and faster.
 
 TorchScript reads the types, so there is no `from __future__ import annotations` in this file.
 """
 
-import traceback
+from contextvars import ContextVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function  # semi-private, guarded by tests
-from torch.autograd.function import _SingleLevelFunction
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 from torch.utils.checkpoint import checkpoint
 
-from timm_sugar._compiled import compiled_gradient, is_compiled
-from timm_sugar._saved_tensors import can_share, remember_value, share_saved
-from timm_sugar.surrogate import surrogate_derivative
+from timm_sugar import _torch
+from timm_sugar._compiled import prepare, times_derivative
 
 _library = torch.library.Library("timm_sugar", "DEF")
 # `formula` identifies the derivative: compiler caches key on an operator's arguments, not on its Python kernel.
@@ -29,85 +26,104 @@ _library.define(
 )
 _operator = torch.ops.timm_sugar.relu.default
 
-
-_CHUNK = 1 << 17  # elements; the intermediate results of a formula for so many of them stay in a core's cache
-_WORTHWHILE = 1 << 14  # elements, from which on a compiled gradient is faster than the formula if it is there already
-_PLAIN = torch._C._dispatch_keys(torch.empty(0, device="cpu"))  # semi-private, guarded by tests
+uses_relu_gradient: ContextVar[bool] = ContextVar("uses_relu_gradient", default=False)
 
 
-def _is_plain(x: Tensor, direction: Tensor) -> bool:
-    """Whether two tensors are ordinary ones in a CPU's memory, laid out alike without gaps, that nothing records.
-
-    Whatever traces, batches, wraps or distributes a tensor shows in its dispatch keys.
-    """
-    return (
-        torch._C._dispatch_keys(x).raw_repr() == torch._C._dispatch_keys(direction).raw_repr() == _PLAIN.raw_repr()
-        and (x.dtype, x.shape, x.stride()) == (direction.dtype, direction.shape, direction.stride())
-        and torch.ops.aten.is_non_overlapping_and_dense.default(x)
-        and not torch.is_grad_enabled()
-    )
+def _gradient(ctx: Any, direction: Tensor) -> Tensor:
+    """direction * derivative at the saved x: the surrogate's, or ReLU's own for None."""
+    (x,) = ctx.saved_tensors
+    if ctx.surrogate is None:
+        return direction * ~(x <= 0)  # as F.relu: 0 at 0, and NaN lets the gradient through
+    return times_derivative(direction, x, ctx.surrogate, ctx.values)
 
 
-def _large_gradient(direction: Tensor, x: Tensor, surrogate: str, values: list[float]) -> Tensor:
-    """direction * derivative in one pass over memory, by a compiled loop if there is one."""
-    flat_x, flat_direction = (tensor.as_strided((x.numel(),), (1,)) for tensor in (x, direction))
-    compiled = None if is_in_torch_dispatch_mode() else compiled_gradient(surrogate, tuple(values), x.dtype)
-    if compiled is None:
-        return _in_chunks(flat_direction, flat_x, surrogate, values).as_strided(x.shape, x.stride())
-    return compiled(flat_direction, flat_x).as_strided(x.shape, x.stride())
-
-
-def _in_chunks(direction: Tensor, x: Tensor, surrogate: str, values: list[float]) -> Tensor:
-    """direction * derivative, a piece of memory at a time: on a CPU the formula is otherwise as slow as the memory."""
-    result = torch.empty_like(x)
-    pieces = (tensor.split(_CHUNK * torch.get_num_threads()) for tensor in (result, x, direction))
-    for into, piece, factor in zip(*pieces, strict=True):
-        into.copy_(factor * surrogate_derivative(piece, surrogate, values))
-    return result
-
-
-class _SugarFunction(_SingleLevelFunction):
-    """Plain `autograd.Function.apply` can't be called below autograd's dispatch key; its single-level form can."""
+class _EagerFunction(torch.autograd.Function):
+    """ReLU with another derivative, in eager mode. (Without setup_context, which costs 20 microseconds a call.)"""
 
     @staticmethod
-    def forward(x: Tensor, surrogate: str, values: list[float]) -> Tensor:
-        return torch.ops.aten.relu.default(x)
+    def forward(ctx: Any, x: Tensor, surrogate: str | None, values: list[float]) -> Tensor:
+        ctx.surrogate, ctx.values = surrogate, values
+        ctx.save_for_backward(x)
+        ctx.save_for_forward(x)
+        return torch.relu(x)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return _gradient(ctx, grad), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        return _gradient(ctx, tangent)
+
+
+class _TransformedFunction(torch.autograd.Function):
+    """The same for torch.func by public means alone; nested forward mode would be wrong, so it has none."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, surrogate: str | None, values: list[float]) -> Tensor:
+        return torch.relu(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, ctx.surrogate, ctx.values = inputs
+        ctx.save_for_backward(x)
+
+    backward = _EagerFunction.backward
+
+
+class _OperatorFunction(_torch.SingleLevelFunction or torch.autograd.Function):  # type: ignore[misc]
+    """The same inside the operator's kernel, where `autograd.Function.apply` fails under torch.func."""
+
+    if _torch.compiled_autograd_key:
+        _compiled_autograd_key = staticmethod(_torch.compiled_autograd_key)
+
+    @staticmethod
+    def forward(x: Tensor, grad_mode: bool, *arguments: Any) -> Tensor:
+        return _value(x, grad_mode, *arguments)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, _, surrogate, ctx.values, _ = inputs
+        ctx.surrogate = None if uses_relu_gradient.get() else surrogate
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
 
     @staticmethod
-    def _times_derivative(ctx, direction: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        (x,) = ctx.saved_tensors
-        least = _WORTHWHILE if is_compiled(ctx.surrogate, tuple(ctx.values), x.dtype) else _CHUNK
-        if x.numel() > least and _is_plain(x, direction):
-            return _large_gradient(direction, x, ctx.surrogate, ctx.values)
-        return (direction * surrogate_derivative(x, ctx.surrogate, ctx.values)).to(direction.dtype)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        return _gradient(ctx, grad), None, None, None, None
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[no-untyped-def]
-        return _SugarFunction._times_derivative(ctx, grad), None, None
+    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+        if _torch.can_nest and _torch.in_transform():
+            # PyTorch has switched forward mode off, for the levels below, too, which are to differentiate this.
+            with _torch.one_level_down(torch.is_grad_enabled()):
+                return _gradient(ctx, tangent)
+        return _gradient(ctx, tangent)
 
-    @staticmethod
-    def jvp(ctx, tangent: Tensor, *_: None) -> Tensor:  # type: ignore[no-untyped-def]
-        return _SugarFunction._times_derivative(ctx, tangent)
+
+def _value(x: Tensor, grad_mode: bool, *arguments: Any) -> Tensor:
+    """relu(x) for the level of torch.func at which the operator was called: the levels below record the operator."""
+    if _torch.can_nest and (_torch.in_transform() or _torch.records_graph()):
+        with _torch.one_level_down(grad_mode):
+            return _operator(x, *arguments)
+    return torch.ops.aten.relu.default(x)
 
 
 def _autograd_kernel(x: Tensor, surrogate: str, values: list[float], formula: str) -> Tensor:
-    if not torch.is_grad_enabled():
-        return torch.ops.aten.relu.default(x)
-    with enable_single_level_autograd_function():
-        return _SugarFunction.apply(x, surrogate, values)  # type: ignore[attr-defined]
+    grad_mode = torch.is_grad_enabled()
+    if not (grad_mode or _torch.in_forward_mode(x) or _torch.in_transform()):
+        return _value(x, grad_mode, surrogate, values, formula)
+    with _torch.allow_single_level():
+        return _OperatorFunction.apply(x, grad_mode, surrogate, values, formula)
 
 
 def _plain_kernel(x: Tensor, surrogate: str, values: list[float], formula: str) -> Tensor:
     return torch.ops.aten.relu.default(x)
 
 
-def _vmap_rule(info, in_dims, x: Tensor, *arguments) -> tuple[Tensor, int]:  # type: ignore[no-untyped-def]
+def _vmap_rule(info: Any, in_dims: tuple[Any, ...], x: Tensor, *arguments: Any) -> tuple[Tensor, int]:
     return _operator(x, *arguments), in_dims[0]
 
 
@@ -116,23 +132,26 @@ _library.impl("relu", _plain_kernel, "CompositeExplicitAutograd")
 torch.library.register_vmap("timm_sugar::relu", _vmap_rule, lib=_library)
 
 
-def _repeats_trace_with_gradients() -> bool:
-    """Whether torch.jit.trace is checking, as always without gradients, a graph that it recorded with them."""
-    frames = (frame for frame, _ in traceback.walk_stack(None) if frame.f_code.co_name == "_check_trace")
-    return any("timm_sugar::relu" in str(frame.f_locals["traced_func"].inlined_graph) for frame in frames)
-
-
-def _is_plain_relu(x: Tensor) -> bool:
-    """Whether nothing can ask for a gradient here, so that a deployed graph holds ReLU and no more."""
-    if isinstance(x, torch.fx.Proxy):  # has no dtype, and its graph may run with gradients later
-        return False
+def _check(x: Tensor) -> None:
+    """Raise TypeError for what is no real floating-point tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"sugar() needs a tensor, not {type(x).__name__}")
     if not x.is_floating_point():
-        raise TypeError(f"sugar() needs a real floating-point tensor, not {x.dtype}: convert it, e.g. with .float()")
+        what = "real floating-point tensor"
+        if x.is_quantized:
+            raise TypeError(f"sugar() needs a {what}, not a quantised one: call timm_sugar.to_relu(model) before")
+        raise TypeError(f"sugar() needs a {what}, not {x.dtype}: convert it, e.g. with .float()")
+
+
+def _is_recorded(x: Tensor) -> bool:
+    """Whether somebody may ask for a derivative; if not, a deployed graph holds ReLU and no more."""
+    if torch.compiler.is_dynamo_compiling():  # forward mode comes first, so that dynamo compiles again when it begins
+        return _torch.in_forward_mode(x) or torch.is_grad_enabled() or _torch.in_transform()
     if torch.jit.is_tracing():
-        return torch.onnx.is_in_onnx_export() or not (torch.is_grad_enabled() or _repeats_trace_with_gradients())
-    return not torch.is_grad_enabled()
+        if torch.onnx.is_in_onnx_export():
+            return False
+        return torch.is_grad_enabled() or _torch.repeats_trace_with_gradients()
+    return torch.is_grad_enabled() or _torch.in_forward_mode(x)
 
 
 def _recomputed(x: Tensor, surrogate: str, values: list[float], formula: str) -> Tensor:
@@ -140,19 +159,28 @@ def _recomputed(x: Tensor, surrogate: str, values: list[float], formula: str) ->
     return checkpoint(_operator, x, surrogate, values, formula, use_reentrant=False, preserve_rng_state=False)
 
 
+def _apply_eagerly(x: Tensor, surrogate: str, values: list[float]) -> Tensor:
+    if _torch.can_nest and not x.requires_grad and not _torch.in_forward_mode(x):
+        return F.relu(x)
+    if x.layout != torch.strided or x.is_nested:
+        layout = "nested" if x.is_nested else x.layout
+        raise TypeError(f"sugar() has no gradient for a tensor of layout {layout}: call it on the values inside")
+    prepare(x, surrogate, values)
+    function = _EagerFunction if _torch.can_nest else _TransformedFunction
+    return function.apply(x, None if uses_relu_gradient.get() else surrogate, values)
+
+
 def apply(x: Tensor, surrogate: str, values: list[float], formula: str) -> Tensor:
     """relu(x) with the surrogate's gradient, by the cheapest way that keeps it: what `sugar` and `SUGAR` call."""
     if not torch.jit.is_scripting():  # alone, so that TorchScript skips what it can't compile
-        if _is_plain_relu(x):
+        if isinstance(x, torch.fx.Proxy):  # has no dtype, and its graph may run with gradients later
+            return _operator(x, surrogate, values, formula)
+        _check(x)
+        if not _is_recorded(x):
             return F.relu(x)
         if torch.compiler.is_dynamo_compiling():
-            if not torch.compiler.is_exporting():
+            if not _torch.is_exporting() and not _torch.in_transform():  # which takes no checkpoint
                 return _recomputed(x, surrogate, values, formula)
-        elif can_share(x):
-            if x.numel() > _CHUNK and x.is_cpu:  # before the first backward pass, so that all of them are alike
-                compiled_gradient(surrogate, tuple(values), x.dtype)
-            share_saved(x)
-            y = _operator(x, surrogate, values, formula)
-            remember_value(y)
-            return y
+        elif _torch.is_eager(x) or x.layout != torch.strided or x.is_nested:
+            return _apply_eagerly(x, surrogate, values)
     return torch.ops.timm_sugar.relu(x, surrogate, values, formula)

@@ -1,50 +1,150 @@
 """`sugar()` and the `SUGAR` module: ReLU forward, a surrogate's derivative backward."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from timm_sugar._operator import apply
+from timm_sugar import _torch
+from timm_sugar._operator import apply, uses_relu_gradient
+from timm_sugar._saved_tensors import find_call, remember_value, share_saved, unshare_within
 from timm_sugar.surrogate import Surrogate, get_surrogate
 
 
-def sugar(x: Tensor, surrogate: str | Surrogate = "bsilu", **parameters: float) -> Tensor:
-    """relu(x), whose gradient is that of the surrogate: grad * surrogate'(x) (SUGAR, arXiv 2505.22074, eq. 4).
+def sugar(x: Tensor, surrogate: str | Surrogate = "bsilu", *, save_memory: bool = False, **parameters: float) -> Tensor:
+    """Compute relu(x), whose gradient is that of a surrogate: grad * surrogate'(x) (SUGAR, arXiv 2505.22074, eq. 4).
 
-    x: any shape, elementwise, real floating point. Bit-equal to `F.relu(x)` in value. `parameters` are the surrogate's,
-    e.g. alpha. Raises TypeError for another dtype or an unknown parameter, ValueError for an unknown surrogate or a
-    parameter that is not finite and positive.
+    Bit-equal to `F.relu(x)` in value.
+
+    Args:
+        x: any shape, elementwise, real floating point.
+        surrogate: its name (`timm_sugar.list_surrogates()` has all of them), or what `get_surrogate` returns.
+        save_memory: whether the next layer and the activation keep one tensor between them, not two (eager mode). Only
+            for a value that nothing writes to unseen by autograd: not through `.data`, NumPy or a collective.
+        parameters: the surrogate's, e.g. alpha.
+
+    Raises:
+        TypeError: if x has another dtype, or a parameter is unknown.
+        ValueError: if the surrogate is unknown, or a parameter is out of range.
+
+    Example:
+        >>> y = timm_sugar.sugar(torch.randn(3, requires_grad=True), "nelu", alpha=0.05)
     """
     chosen = get_surrogate(surrogate, **parameters)
+    if save_memory and not torch.compiler.is_compiling():
+        return _apply_sharing(x, chosen.name, chosen.values, chosen.formula, None, None)
     return apply(x, chosen.name, chosen.values, chosen.formula)
+
+
+def _apply_sharing(
+    x: Tensor, surrogate: str, values: list[float], formula: str, scope: Any, module: nn.Module | None
+) -> Tensor:
+    """`apply`, and one buffer for x and what the next layer saves, where that is safe."""
+    call = find_call(x, scope) if isinstance(x, Tensor) else None
+    if call is None:
+        return apply(x, surrogate, values, formula)
+    share_saved(x, call)
+    y = apply(x, surrogate, values, formula)
+    remember_value(y, call, module)
+    return y
+
+
+@contextmanager
+def relu_gradient() -> Iterator[None]:
+    """Let SUGAR backpropagate ReLU's own derivative, e.g. to attribute or to attack what a deployed model computes.
+
+    Both the forward and the backward pass belong inside. Holds for the thread or asynchronous task that enters it;
+    compiled functions run uncompiled inside.
+
+    Raises:
+        RuntimeError: if it is entered inside of a compiled function.
+
+    Example:
+        >>> with timm_sugar.activation.relu_gradient():
+        ...     (gradient,) = torch.autograd.grad(model(x).sum(), x)
+    """
+    if torch.compiler.is_compiling():
+        raise RuntimeError("enter relu_gradient() outside of the compiled function")
+    token = uses_relu_gradient.set(True)
+    _uncompiled.enter()
+    try:
+        yield
+    finally:
+        _uncompiled.leave()
+        uses_relu_gradient.reset(token)
+
+
+class _Uncompiled:
+    """Runs compiled functions as they were before torch.compile, while anybody is inside (in any thread)."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._stance = threading.Lock(), 0, ExitStack()
+
+    def enter(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self._inside += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._stance.close()
+
+
+_uncompiled = _Uncompiled()
 
 
 class SUGAR(nn.Module):
     """`sugar` as a module, for any place that takes an activation layer.
 
     `inplace` comes first and is accepted because timm and torchvision pass it; it has no effect, as the backward pass
-    needs the pre-activation. Raises as `sugar` does, and TypeError for a surrogate's name in its place.
+    needs the pre-activation. `save_memory` is that of `sugar`. Raises as `sugar` does, and TypeError for a surrogate's
+    name in its place.
     """
 
     values: list[float]  # TorchScript reads the type here (so no `from __future__ import annotations` in this file)
 
-    def __init__(self, inplace: bool = False, *, surrogate: str | Surrogate = "bsilu", **parameters: float) -> None:
+    def __init__(
+        self,
+        inplace: bool = False,
+        *,
+        surrogate: str | Surrogate = "bsilu",
+        save_memory: bool = False,
+        **parameters: float,
+    ) -> None:
         super().__init__()
         if not isinstance(inplace, bool):
             raise TypeError(f"inplace must be True or False, not {inplace!r}; a surrogate is a keyword argument")
         chosen = get_surrogate(surrogate, **parameters)
         self.surrogate, self.values, self.formula = chosen.name, chosen.values, chosen.formula
         self.overwrites = False  # whether its value is written into its input, as an in-place ReLU's is
+        self.save_memory = save_memory
+        self.scope = None  # of the model within a call of which memory is shared, if it belongs to one
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"overwrites": False, **state})
+        super().__setstate__({"overwrites": False, "save_memory": False, "scope": None, **state})
         self.formula = get_surrogate(self.surrogate).formula  # today's, whatever it was when the module was pickled
 
     def forward(self, input: Tensor) -> Tensor:
         """relu(input), any shape."""
         if self.overwrites:
             return input.copy_(apply(input.clone(), self.surrogate, self.values, self.formula))
+        if not torch.jit.is_scripting():  # noqa: SIM102  alone, so that TorchScript skips what it can't compile
+            if self.save_memory and not torch.compiler.is_compiling():
+                return _apply_sharing(input, self.surrogate, self.values, self.formula, self.scope, self)
         return apply(input, self.surrogate, self.values, self.formula)
+
+    def __prepare_scriptable__(self) -> "SUGAR":
+        """Take the hooks off the model that torch.jit.script is about to compile: TorchScript compiles hooks, too."""
+        model = _torch.find_scripted_model()
+        if model is not None:
+            unshare_within(model)
+        return self
 
     def extra_repr(self) -> str:
         parameters = zip(get_surrogate(self.surrogate).parameters, self.values, strict=True)
@@ -70,4 +170,6 @@ class FunctionalSUGAR(SUGAR):
         approximate: str = "none",
     ) -> Tensor:
         """relu(input), any shape; what else torch's activation functions take has no effect."""
+        if not torch.jit.is_scripting():  # TorchScript knows no super()
+            return super().forward(input)
         return apply(input, self.surrogate, self.values, self.formula)

@@ -23,11 +23,13 @@ from timm_sugar._places import (
     name_of,
     own_surrogate,
 )
+from timm_sugar._saved_tensors import share_within, unshare_within
 from timm_sugar.activation import SUGAR, FunctionalSUGAR
 from timm_sugar.surrogate import Surrogate, get_surrogate
 
 SAME = "same"  # in place of a surrogate's name: each activation keeps its own derivative
 Chosen = str | Surrogate
+_OPTIONS = ("filter_fn", "types", "example", "save_memory")  # of sugarize, what isn't a surrogate's parameter
 
 
 def list_activations(model: nn.Module, types: Collection[Any] = ()) -> dict[str, str]:
@@ -58,6 +60,7 @@ def sugarize(
     filter_fn: Callable[[Any, str], bool] | None = None,
     types: Collection[Any] = (),
     example: Any = None,
+    save_memory: bool = False,
     **parameters: float,
 ) -> Any:
     """Replace a model's hidden activations by SUGAR, in place.
@@ -84,6 +87,9 @@ def sugarize(
             and without gradients. What it computes of ReLU, GELU and the like without SUGAR is named in a warning. An
             in-place activation whose input the model reads again gets a SUGAR that overwrites its input, too, which
             takes a copy of it; without an example such a model computes something else.
+        save_memory: whether each SUGAR and the layer behind it keep one tensor between them, not two, in eager mode.
+            Within one call of the model only, and if none of its modules has a forward hook. A model that writes to its
+            activations unseen by autograd (`.data`, NumPy, a collective) has wrong gradients then.
         parameters: the surrogate's, e.g. `alpha=0.05`.
 
     Returns:
@@ -100,13 +106,19 @@ def sugarize(
     """
     _require_module(model, "sugarize")
     if is_activation(model, types):
-        return _exchanged_itself(model, surrogate, types, parameters)
-    _sugarize(model, surrogate, filter_fn, types, example, parameters)
+        return _exchanged_itself(model, surrogate, types, save_memory, parameters)
+    _sugarize(model, surrogate, filter_fn, types, example, save_memory, parameters)
     return model
 
 
 def _sugarize(
-    model: nn.Module, surrogate: Any, filter_fn: Any, types: Collection[Any], example: Any, parameters: dict[str, Any]
+    model: nn.Module,
+    surrogate: Any,
+    filter_fn: Any,
+    types: Collection[Any],
+    example: Any,
+    save_memory: bool,
+    parameters: dict[str, Any],
 ) -> list[Change]:
     """What `sugarize` does; returns the changes, in their order."""
     places = [p for p in find_places(model, types) if filter_fn is None or filter_fn(p.activation, p.name)]
@@ -123,13 +135,15 @@ def _sugarize(
             f"nothing to replace in {type(model).__name__}: {what}{seen}. If its forward calls F.relu or the like "
             "itself, sugarize torch.fx.symbolic_trace(model)"
         )
-    plan = _plan(choose)
+    plan = _plan(choose, save_memory)
     expected = None if example is None else _output_of_relu(model, plan, example)
     changes = exchange(plan)
     if left:
         warnings.warn(f"sugarize() left activations of {type(model).__name__}: {_listed(left)}", stacklevel=3)
     if example is not None:
         _check_on_example(model, plan, example, expected)
+    if plan and save_memory:
+        share_within(model, [module for module in model.modules() if isinstance(module, SUGAR) and module.save_memory])
     return changes
 
 
@@ -197,6 +211,7 @@ def to_relu(model: nn.Module) -> Any:
     places = [place for place in find_places(model) if place.settings() is not None]
     if not places:
         raise ValueError(f"there is no SUGAR activation below {type(model).__name__} to turn into ReLU")
+    unshare_within(model)
     exchange(one_new_for_each_old(places, _relu_for))
     return model
 
@@ -237,14 +252,17 @@ def sugarized(model: nn.Module, surrogate: Chosen | Mapping[str, Chosen] = "bsil
         ...     train(model)
     """
     _require_module(model, "sugarized")
-    types = options.get("types", ())
+    types, save_memory = options.get("types", ()), options.get("save_memory", False)
     if is_activation(model, types):
         raise ValueError("the model is itself an activation: use sugarize(), which returns the new module")
-    parameters = {key: value for key, value in options.items() if key not in ("filter_fn", "types", "example")}
-    changes = _sugarize(model, surrogate, options.get("filter_fn"), types, options.get("example"), parameters)
+    parameters = {key: value for key, value in options.items() if key not in _OPTIONS}
+    filter_fn, example = options.get("filter_fn"), options.get("example")
+    changes = _sugarize(model, surrogate, filter_fn, types, example, save_memory, parameters)
     try:
         yield model
     finally:
+        if save_memory:
+            unshare_within(model)
         for change in reversed(changes):
             change.undo()
 
@@ -255,12 +273,14 @@ def _require_module(model: Any, function: str) -> None:
         raise TypeError(f"{function}() needs an nn.Module, not {type(model).__name__}{build}")
 
 
-def _exchanged_itself(model: nn.Module, surrogate: Any, types: Collection[Any], parameters: dict[str, Any]) -> Any:
+def _exchanged_itself(
+    model: nn.Module, surrogate: Any, types: Collection[Any], save_memory: bool, parameters: dict[str, Any]
+) -> Any:
     """SUGAR for a model that is itself one activation. Raises as `sugarize`."""
     holder = nn.Sequential(model)
     if (resolved := resolve_surrogate(surrogate, parameters, "0")) is None:
         raise ValueError("no pattern matches the activation, whose name is '0' here")
-    exchange(_plan({place: resolved(model) for place in find_places(holder, types)}))
+    exchange(_plan({place: resolved(model) for place in find_places(holder, types)}, save_memory))
     return holder[0]
 
 
@@ -298,14 +318,19 @@ def _relu_for(place: Place) -> New:
     return F.relu
 
 
-def _plan(choose: dict[Place, Surrogate]) -> dict[Place, New]:
+def _plan(choose: dict[Place, Surrogate], save_memory: bool) -> dict[Place, New]:
     """A new SUGAR for each place that has not just these settings already; one instance for each old instance."""
-    todo = {place: chosen for place, chosen in choose.items() if place.settings() != (chosen.name, chosen.values)}
+    todo = {
+        place: chosen
+        for place, chosen in choose.items()
+        if place.settings() != (chosen.name, chosen.values)
+        or getattr(place.activation, "save_memory", save_memory) != save_memory
+    }
 
     def make(place: Place) -> SUGAR:
         function = isinstance(place.key, str) and (
             isinstance(place.activation, FunctionalSUGAR) or not isinstance(place.activation, nn.Module)
         )
-        return (FunctionalSUGAR if function else SUGAR)(False, surrogate=todo[place])
+        return (FunctionalSUGAR if function else SUGAR)(False, surrogate=todo[place], save_memory=save_memory)
 
     return one_new_for_each_old(list(todo), make)

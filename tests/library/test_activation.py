@@ -23,7 +23,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from timm_sugar import SUGAR, _operator, register_surrogate, sugar
+from timm_sugar import SUGAR, _compiled, _torch, register_surrogate, sugar
 from timm_sugar import surrogate as surrogate_module
 from timm_sugar.activation import FunctionalSUGAR
 
@@ -237,11 +237,12 @@ def test_backward_saves_the_input_and_nothing_else() -> None:
 @pytest.fixture
 def pieces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Makes every tensor of more than 7 elements a large one; the sizes of those that were taken in pieces."""
-    sizes, in_pieces = [], _operator._in_chunks
-    monkeypatch.setattr(_operator, "_CHUNK", 7)
-    monkeypatch.setattr(_operator, "is_compiled", lambda *_: False)
-    monkeypatch.setattr(_operator, "compiled_gradient", lambda *_: None)
-    monkeypatch.setattr(_operator, "_in_chunks", lambda g, x, *rest: sizes.append(x.numel()) or in_pieces(g, x, *rest))
+    sizes, in_pieces = [], _compiled._in_chunks
+    monkeypatch.setattr(_compiled, "_CHUNK", 7)
+    monkeypatch.setattr(_compiled, "_WORTHWHILE", 7)
+    monkeypatch.setattr(_compiled, "is_compiled", lambda *_: False)
+    monkeypatch.setattr(_compiled, "compiled_gradient", lambda *_: None)
+    monkeypatch.setattr(_compiled, "_in_chunks", lambda g, x, *rest: sizes.append(x.numel()) or in_pieces(g, x, *rest))
     return sizes
 
 
@@ -291,7 +292,7 @@ def test_no_intermediate_result_of_a_large_gradient_is_as_large() -> None:
     y, upstream = sugar(x), torch.ones(x.shape)
     with Sizes():
         torch.autograd.grad(y, x, upstream)
-    large = [name for name, size in made if size > _operator._CHUNK * torch.get_num_threads()]
+    large = [name for name, size in made if size > _compiled._CHUNK * torch.get_num_threads()]
     assert large == [*["aten::as_strided"] * 2, "aten::empty_like", "aten::as_strided"]  # the result, and views
     assert len(made) > 10
 
@@ -476,11 +477,11 @@ def compiler() -> None:
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How eager mode computes a gradient: as of a small tensor, or as of a large one without or with a compiler."""
     if request.param != "small":
-        monkeypatch.setattr(_operator, "_CHUNK", 7)
-        monkeypatch.setattr(_operator, "_WORTHWHILE", 7)
+        monkeypatch.setattr(_compiled, "_CHUNK", 7)
+        monkeypatch.setattr(_compiled, "_WORTHWHILE", 7)
     if request.param == "in pieces":
-        monkeypatch.setattr(_operator, "is_compiled", lambda *_: False)
-        monkeypatch.setattr(_operator, "compiled_gradient", lambda *_: None)
+        monkeypatch.setattr(_compiled, "is_compiled", lambda *_: False)
+        monkeypatch.setattr(_compiled, "compiled_gradient", lambda *_: None)
     return request.param
 
 
@@ -703,10 +704,13 @@ def test_export_without_gradients_holds_relu_only(strict: bool, compiler: None) 
 
 
 @pytest.mark.parametrize("strict", [True, False])
-def test_export_with_gradients_decomposes_to_relu(strict: bool, compiler: None) -> None:
+def test_export_with_gradients_is_decomposed_to_relu_only_on_request(strict: bool, compiler: None) -> None:
     program = torch.export.export(nn.Sequential(SUGAR(), SUGAR(surrogate="gelu")), (torch.ones(3),), strict=strict)
-    assert targets(program.graph) == {torch.ops.timm_sugar.relu.default}
-    assert targets(program.run_decompositions().graph) == {torch.ops.aten.relu.default}
+    operator = torch.ops.timm_sugar.relu.default
+    assert targets(program.graph) == {operator}
+    assert targets(program.run_decompositions().graph) == {operator}
+    to_relu = {operator: lambda x, *_: torch.relu(x)}
+    assert targets(program.run_decompositions(to_relu).graph) == {torch.ops.aten.relu.default}
 
 
 @JIT_IS_DEPRECATED
@@ -880,7 +884,7 @@ def test_pytorch_still_has_what_the_operator_is_made_of() -> None:
     assert callable(torch.library.register_vmap)
     leaf = torch.ones(2, requires_grad=True)
     for plain in (torch.ones(2), leaf, leaf * 2, torch.ones(3, 3)[1:], torch.ones(2).half()):
-        assert torch._C._dispatch_keys(plain).raw_repr() == _operator._PLAIN.raw_repr()
+        assert _torch.is_ordinary_memory(plain)
     assert {torch.Tag.pointwise, torch.Tag.pt2_compliant_tag} <= set(torch.ops.timm_sugar.relu.default.tags)
 
 

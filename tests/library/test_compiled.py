@@ -13,7 +13,7 @@ import torch
 from fgi import SETTINGS, slope
 
 from timm_sugar import _compiled as compiled
-from timm_sugar import _operator, sugar
+from timm_sugar import sugar
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler: install g++"
@@ -37,9 +37,10 @@ LAYOUTS = {
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Makes every tensor of more than 7 elements a large one; the sizes that compiled code was called with."""
     sizes: list[int] = []
+    compiled_gradient = compiled.compiled_gradient
 
     def count(*key):  # type: ignore[no-untyped-def]
-        kernel = compiled.compiled_gradient(*key)
+        kernel = compiled_gradient(*key)
         assert kernel is not None
 
         def call(direction, x):  # type: ignore[no-untyped-def]
@@ -50,9 +51,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
         return call
 
-    monkeypatch.setattr(_operator, "_CHUNK", 7)
-    monkeypatch.setattr(_operator, "_WORTHWHILE", 7)
-    monkeypatch.setattr(_operator, "compiled_gradient", count)
+    monkeypatch.setattr(compiled, "_CHUNK", 7)
+    monkeypatch.setattr(compiled, "_WORTHWHILE", 7)
+    monkeypatch.setattr(compiled, "compiled_gradient", count)
     return sizes
 
 
@@ -79,7 +80,7 @@ def test_infinities_and_nan_are_those_of_the_plain_formula(
     x = torch.tensor([math.inf, -math.inf, math.nan, 3e38, -3e38] * 20, requires_grad=True)
     (fast,) = torch.autograd.grad(sugar(x, name), x, torch.ones_like(x))
     assert calls == [100]
-    monkeypatch.setattr(_operator, "_CHUNK", 10**6)
+    monkeypatch.setattr(compiled, "_CHUNK", 10**6)
     (plain,) = torch.autograd.grad(sugar(x, name), x, torch.ones_like(x))
     torch.testing.assert_close(fast, plain, equal_nan=True)
 
@@ -103,7 +104,7 @@ def test_a_large_activation_brings_the_kernel_for_smaller_ones_before_the_backwa
 ) -> None:
     """So all steps of a training are alike, also the first one, whose backward pass begins with the small ones."""
     alpha = 1.2345  # no other test has it
-    monkeypatch.setattr(_operator, "_CHUNK", 99)
+    monkeypatch.setattr(compiled, "_CHUNK", 99)
 
     def run(sizes: list[int]) -> list[int]:
         calls.clear()

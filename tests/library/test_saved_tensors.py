@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import timm_sugar
-from timm_sugar import SUGAR, _operator, sugar
+from timm_sugar import SUGAR, _saved_tensors, activation
 
 # Families whose activation feeds a convolution, a linear layer (of three and four dimensions), a gate, several layers.
 NETS: dict[str, dict[str, Any]] = {
@@ -35,10 +35,19 @@ NETS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def small_values_are_shared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_saved_tensors, "_LEAST", 0)
+
+
+def sugar(x: Tensor) -> Tensor:
+    return timm_sugar.sugar(x, save_memory=True)
+
+
 @contextmanager
 def unshared(patch: pytest.MonkeyPatch) -> Iterator[None]:
     with patch.context() as patched:
-        patched.setattr(_operator, "can_share", lambda x: False)
+        patched.setattr(activation, "find_call", lambda x, scope: None)
         yield
 
 
@@ -109,9 +118,14 @@ def test_saves_what_relu_saves(name: str) -> None:
     """But for the value of the last activation, if a layer that saves it follows, and no other activation."""
     model, relu = build(f"{name}_sugar"), build(f"{name}_sugar", relu=True)
     values: list[int] = []
-    for module in model.modules():
-        if isinstance(module, SUGAR):
-            module.register_forward_hook(lambda module, inputs, y: values.append(y.numel() * y.element_size()))
+    hooks = [
+        module.register_forward_hook(lambda module, inputs, y: values.append(y.numel() * y.element_size()))
+        for module in model.modules()
+        if isinstance(module, SUGAR)
+    ]
+    model(images())
+    for hook in hooks:
+        hook.remove()
     extra = saved_bytes(model(images()), model) - saved_bytes(relu(images()), relu)
     assert extra == 0 if name in ("resnet18", "densenet121", "vgg11") else 0 <= extra <= values[-1]
 

@@ -87,6 +87,7 @@ def _create_entrypoint(name: str, base: str) -> Callable[..., nn.Module]:
         pretrained_cfg: Any = None,
         pretrained_cfg_overlay: dict[str, Any] | None = None,
         surrogate: str | Mapping[str, Any] | None = None,
+        save_memory: bool = True,
         **kwargs: Any,
     ) -> nn.Module:
         cfg = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
@@ -103,7 +104,8 @@ def _create_entrypoint(name: str, base: str) -> Callable[..., nn.Module]:
             cfg = replace(cfg, file=tag.fetch(kwargs.get("cache_dir")))
         model = model_entrypoint(base)(pretrained=pretrained, pretrained_cfg=cfg, **kwargs)
         trained_with = sorted(set(list_activations(model).values()) - {"ReLU", "relu"})
-        sugarize(model, surrogate, **parameters)
+        save_memory = save_memory and not kwargs.get("features_only", False)  # features belong to the caller
+        sugarize(model, surrogate, save_memory=save_memory, **parameters)
         if pretrained and trained_with and not _is_trained_with_sugar(name, cfg):
             warnings.warn(
                 f"{name}: the weights ({cfg.tag or 'untagged'}) were trained with {', '.join(trained_with)} where this "
@@ -114,7 +116,10 @@ def _create_entrypoint(name: str, base: str) -> Callable[..., nn.Module]:
         return model
 
     create.__name__ = create.__qualname__ = name
-    create.__doc__ = f"timm's {base} with SUGAR activations; takes `surrogate`, its parameters, and what {base} takes."
+    create.__doc__ = (
+        f"timm's {base} with SUGAR activations; takes `surrogate`, its parameters, `save_memory`, and what "
+        f"{base} takes."
+    )
     return create
 
 
