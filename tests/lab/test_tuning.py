@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -166,3 +167,35 @@ def test_budget_and_grid_are_the_same_for_all_and_the_subset_is_the_seeds() -> N
     assert table.images(final) == {"per_class": 5, "seed": 1}
     assert table.settings(final)["lr"] == table.settings(tune)["lr"] == 0.2
     assert "--lr=0.2" in table.command(final)
+
+
+def test_the_run_that_a_pending_row_starts_from_is_made_first_though_results_has_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a fresh clone: results/ has the rows of the first table, OUTPUT has no checkpoint, or half of one."""
+    ran: list[str] = []
+
+    def train(self: Run, given: list[str]) -> None:
+        ran.append(f"{self.table.name}/{self.name}")
+        record_of(self)
+        (self.folder / "last.pth.tar").touch()
+
+    monkeypatch.setattr(Run, "train", train)
+    start = "{initial_checkpoint: '" + str(tmp_path / "o") + "/first/relu-{seed}/last.pth.tar'}"
+    (tmp_path / "first.yaml").write_text(TINY)
+    (tmp_path / "next.yaml").write_text(f"base: first\ntitle: Next\noptions: {start}\n")
+    places = ["--output", str(tmp_path / "o"), "--results", str(tmp_path / "r"), "--data-dir", str(tmp_path)]
+    first, following = ([str(tmp_path / name), *places] for name in ("first.yaml", "next.yaml"))
+    assert reproduce.main(first) == 0
+    shutil.rmtree(tmp_path / "o")
+    ran.clear()
+    assert reproduce.main([*following, "--only", "sugar-nelu", "--seeds", "1"]) == 0
+    assert ran == ["first/relu-0", "next/sugar-nelu-0"]
+    (tmp_path / "o" / "first" / "relu-0.json").unlink()  # as if killed while it trained: its checkpoint is not the last
+    assert reproduce.main([*following, "--only", "sugar-bsilu", "--seeds", "1"]) == 0
+    assert ran[2:] == ["first/relu-0", "next/sugar-bsilu-0"]
+    assert reproduce.main([*following, "--only", "relu"]) == 0
+    assert ran[4:] == ["next/relu-0", "first/relu-1", "next/relu-1"]
+    ran.clear()
+    assert reproduce.main(first) == 0
+    assert ran == []
