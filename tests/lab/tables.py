@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
 from lab.experiments.rows import COLUMNS
 from lab.experiments.table import TABLES, Key, Table, rate
 from scripting import load_script
@@ -51,7 +52,7 @@ def record_of(run: Any, top1: float | None = 60.0) -> None:
     """In the place of a process: the record of a run, without the run; None for one that diverged."""
     run.folder.mkdir(parents=True, exist_ok=True)
     epochs = [] if top1 is None else [f"{i},1.0,{top1}" for i in range(run.settings["epochs"])]
-    (run.folder / "args.yaml").write_text("device: cpu")
+    (run.folder / "args.yaml").write_text(yaml.safe_dump({**run.settings, "device": "cpu"}))
     (run.folder / "summary.csv").write_text("\n".join(["epoch,train_loss,eval_top1", *epochs]))
     record = run.summarize(run.settings["epochs"], failed=top1 is None)
     run.record.write_text(json.dumps(record))

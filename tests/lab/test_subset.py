@@ -85,3 +85,24 @@ def test_too_few_images_or_a_stream_leave_nothing_behind(tmp_path: Path, data: P
         with pytest.raises(DataError, match=message):
             make_subset(source, tmp_path / "a", 5, 4)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+
+
+def test_a_seed_draws_other_images_and_holds_out_others_still(tmp_path: Path, data: Path) -> None:
+    """By the SHA-256 of seed and pixels; each seed's training images are the same with and without held-out ones."""
+    for seed in (1, 2):
+        make_subset(folder(data), tmp_path / f"a{seed}", 3, seed=seed)
+        make_subset(folder(data), tmp_path / f"held{seed}", 3, 2, seed)
+        assert pixels(tmp_path / f"a{seed}/train") == pixels(tmp_path / f"held{seed}/train")
+        for label, name in enumerate(("cat", "dog", "owl")):
+            images = pixels(data / "train" / name)
+            ranked = sorted(images, key=lambda image: sha256(f"seed {seed}".encode() + image).hexdigest())
+            assert pixels(tmp_path / f"held{seed}/train/{label:04}") == ranked[:3]
+            assert pixels(tmp_path / f"held{seed}/validation/{label:04}") == ranked[3:5]
+    assert pixels(tmp_path / "a1/train") != pixels(tmp_path / "a2/train")
+
+
+def test_all_but_the_held_out_images(tmp_path: Path, data: Path) -> None:
+    make_subset(folder(data), tmp_path / "a", held_out=2)
+    parts = [pixels(tmp_path / "a" / split) for split in ("train", "validation")]
+    assert [len(part) for part in parts] == [3 * 6, 3 * 2]
+    assert sorted(parts[0] + parts[1]) == sorted(pixels(data / "train"))

@@ -143,7 +143,7 @@ def start_of(run: Run, output: Path) -> Run | None:
     `output` is the folder of all tables' runs.
     """
     path = Path(run.settings.get("initial_checkpoint") or "")
-    if not path.name or path.resolve().parents[2:3] != [output.resolve()]:
+    if not path.name or path.parent.parent.parent.resolve() != output.resolve():
         return None
     file = run.table.folder / f"{path.parent.parent.name}.yaml"
     variant, _, seed = path.parent.name.rpartition("-")

@@ -172,7 +172,10 @@ def widening(tuning: Tuning) -> str:
     text = "The grid was not widened." if not tuning.widened else (
         f"The grid was widened {('once', 'twice')[tuning.widened - 1]} for all variants."
     )  # fmt: skip
-    if tuning.edge:
-        named = ", ".join(f"`{name}`" for name in tuning.edge)
-        text += f" At its edge even after {WIDENED_AT_MOST} widenings: {named}."
+    edge = [f"`{name}`" for name in tuning.edge if name in tuning.best]
+    lost = [f"`{name}`" for name in tuning.edge if name not in tuning.best]
+    if edge:
+        text += f" At its edge even after {WIDENED_AT_MOST} widenings: {', '.join(edge)}."
+    if lost:
+        text += f" A run was lost at every rate: {', '.join(lost)}, which so has no final runs."
     return text
