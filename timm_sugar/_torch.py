@@ -19,6 +19,7 @@ from torch import Tensor
 
 _logger = logging.getLogger("timm_sugar")
 missing: list[str] = []  # what this release of PyTorch lacks
+_lost: set[str] = set()  # what was said to be lost by it
 
 
 def _find(path: str, loss: str) -> Any:
@@ -31,7 +32,9 @@ def _find(path: str, loss: str) -> Any:
             found = getattr(found, name)
     except (AttributeError, ImportError):
         missing.append(path)
-        _logger.warning("this PyTorch has no torch.%s: timm_sugar works without %s", path, loss)
+        if loss not in _lost:
+            _lost.add(loss)
+            _logger.warning("this PyTorch has no torch.%s: timm_sugar works without %s", path, loss)
         return None
     return found
 
