@@ -107,8 +107,6 @@ def get_surrogate(surrogate: str | Surrogate, /, **parameters: Any) -> Surrogate
         found = surrogate
     elif isinstance(surrogate, str) and surrogate in _surrogates:
         found = _surrogates[surrogate]
-        if not found.formula:  # of a built-in one, at its first use
-            found = _surrogates[surrogate] = replace(found, formula=_fingerprint(found.derivative, found.values))
     else:
         raise ValueError(f"unknown surrogate {surrogate!r}; choose one of {', '.join(list_surrogates())}")
     if not parameters:
@@ -311,7 +309,9 @@ def _relu_derivative(x: Tensor, gain: float) -> Tensor:
 
 def _built_in(name: str, primitive: Formula, derivative: Formula, **defaults: float) -> None:
     """Add a surrogate without the checks of `register_surrogate`, which would slow every import; tests do them."""
-    _surrogates[name] = Surrogate(name, derivative, primitive, defaults, may_be_zero=frozenset(defaults))
+    # At import, since the first use may be inside a transform or a compiler.
+    formula = _fingerprint(derivative, list(defaults.values()))
+    _surrogates[name] = Surrogate(name, derivative, primitive, defaults, formula, frozenset(defaults))
 
 
 # Defaults: alpha of B-SiLU and NeLU from the paper, the others PyTorch's.

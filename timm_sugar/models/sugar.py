@@ -37,8 +37,8 @@ ALIASES = {"swin_tiny": "swin_tiny_patch4_window7_224"}
 
 EVONORM = "its activation is a part of EvoNorm and can't be exchanged by itself"
 TAPS = "its forward_intermediates() applies F.relu to the features it returns"
-# Tried: a subclass, set as the module's class, whose method calls timm's under a TorchFunctionMode that turns F.relu into
-# sugar(). Compiled, exported, traced and pickled it has the right gradient, but TorchScript can't compile it, and
+# Tried: a subclass, set as the module's class, whose method calls timm's under a TorchFunctionMode that turns F.relu
+# into sugar(). Compiled, exported, traced and pickled it has the right gradient, but TorchScript can't compile it, and
 # nothing that lists, exchanges or deploys activations would know of it.
 LINEAR = "its linear attention calls F.relu inside a hand-written forward"
 
