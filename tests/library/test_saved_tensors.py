@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import os
+import pickle
+import subprocess
+import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -364,3 +370,321 @@ def test_only_the_value_is_replaced_not_the_weights_beside_it() -> None:
     sugar(z)
     assert z.grad_fn._raw_saved_mat1.unpack_hook is not None
     assert z.grad_fn._raw_saved_mat2.unpack_hook is None
+
+
+# ---- who shares ----
+
+
+@pytest.fixture
+def replaced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What layers gave up so far."""
+    seen: list[Any] = []
+    replace = _saved_tensors._replace
+    monkeypatch.setattr(_saved_tensors, "_replace", lambda saved, node: (seen.append(saved), replace(saved, node)))
+    return seen
+
+
+def small_net(*activations: Callable[[], nn.Module]) -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = [module for make in activations for module in (nn.Linear(6, 6), make())]
+    return nn.Sequential(*layers, nn.Linear(6, 6)).double()
+
+
+def run(model: Callable[[Tensor], Tensor]) -> Tensor:
+    return model(torch.linspace(-1, 1, 18, dtype=torch.float64).view(3, 6))
+
+
+def test_functions_modules_and_sugarized_models_share_only_on_request(replaced: list[Any]) -> None:
+    linear = nn.Linear(6, 6).double()
+    run(small_net(SUGAR, SUGAR))
+    run(timm_sugar.sugarize(small_net(nn.ReLU, nn.GELU)))
+    run(lambda x: timm_sugar.sugar(linear(timm_sugar.sugar(linear(x)))))
+    assert not replaced
+    run(small_net(lambda: SUGAR(save_memory=True), lambda: SUGAR(save_memory=True)))
+    assert len(replaced) == 1
+    run(timm_sugar.sugarize(small_net(nn.ReLU, nn.GELU), save_memory=True))
+    assert len(replaced) == 2
+    run(lambda x: sugar(linear(sugar(linear(x)))))
+    assert len(replaced) == 3
+
+
+def test_registered_names_share_unless_told_not_to(replaced: list[Any]) -> None:
+    timm.create_model("test_resnet_sugar", save_memory=False)(images())
+    timm.create_model("test_resnet_sugar", features_only=True)(images())
+    assert not replaced
+    timm.create_model("test_resnet_sugar")(images())
+    assert replaced
+
+
+def test_sugarize_switches_sharing_on_and_off_and_to_relu_leaves_no_hooks(replaced: list[Any]) -> None:
+    model = timm.create_model("test_resnet_sugar")
+    timm_sugar.sugarize(model)
+    model(images())
+    assert not replaced
+    timm_sugar.sugarize(model, save_memory=True)
+    model(images())
+    assert replaced
+    timm_sugar.to_relu(model)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    with timm_sugar.sugarized(model, save_memory=True):
+        assert model._forward_hooks
+    assert not model._forward_hooks
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_of_a_model_share_among_themselves(copied: Callable[[Any], Any], replaced: list[Any]) -> None:
+    model = timm.create_model("test_resnet_sugar")
+    model(images())
+    ours = len(replaced)
+    twin = copied(model)
+    del model
+    twin(images())
+    assert len(replaced) == 2 * ours > 0
+
+
+@pytest.mark.parametrize("place", ["layer1.0.act1", "layer1.0.conv2", "layer2.0", "global_pool"])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_model_that_a_forward_hook_looks_into_shares_nothing(place: str, before: bool, replaced: list[Any]) -> None:
+    model = timm.create_model("test_resnet_sugar")
+    module = model.get_submodule(place)
+    add = module.register_forward_pre_hook if before else module.register_forward_hook
+    handle = add(lambda *_: None)
+    model(images())
+    assert not replaced
+    handle.remove()
+    model(images())
+    assert replaced
+
+
+def test_a_hook_on_all_modules_stops_sharing(replaced: list[Any]) -> None:
+    model = timm.create_model("test_resnet_sugar")
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        model(images())
+    finally:
+        handle.remove()
+    assert not replaced
+
+
+def test_what_a_caller_received_is_not_shared(replaced: list[Any]) -> None:
+    """Between two calls, and between the parts of a model, values are in the caller's hands."""
+    model = timm_sugar.sugarize(small_net(nn.ReLU), save_memory=True)
+    run(lambda x: model(model[:2](model[:2](x))))
+    model[1](model[0](model[1](run(model[0]))))
+    assert not replaced
+    backbone = timm.create_model("mobilenetv3_small_050_sugar")
+    backbone.forward_head(backbone.forward_features(images()))
+    assert not replaced
+
+
+def test_a_call_that_raised_is_over(replaced: list[Any]) -> None:
+    class Raises(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            raise ValueError
+
+    model = timm_sugar.sugarize(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), Raises()), save_memory=True)
+    with pytest.raises(ValueError):  # noqa: PT011
+        model(torch.ones(2, 6))
+    model[1](model[0](model[1](model[0](torch.ones(2, 6)))))
+    assert not replaced
+    assert not _saved_tensors._calls.running
+
+
+def test_small_values_are_not_shared(replaced: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    model = timm_sugar.sugarize(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()))
+    timm_sugar.sugarize(model, save_memory=True)
+    for rows, shared in ((1023, False), (1024, True)):  # 64 x 1024 float32 are 256 KiB
+        z = model(torch.ones(rows, 64))
+        hook = z.grad_fn.next_functions[0][0]._raw_saved_mat1.unpack_hook  # type: ignore[union-attr]
+        assert (hook is not None) == shared
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_a_registered_model_can_be_scripted_and_traced() -> None:
+    model, relu = timm.create_model("test_resnet_sugar"), timm.create_model("test_resnet")
+    relu.load_state_dict(model.state_dict())
+    traced = torch.jit.trace(model.eval(), images())
+    for other in (traced, torch.jit.script(model)):
+        torch.testing.assert_close(other(images()), relu.eval()(images()))
+
+
+# ---- what must not be taken for the value ----
+
+
+def gradients_of(call: Callable[..., Tensor], *leaves: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(call(*leaves).square().sum(), leaves))
+
+
+def quantised(y: Tensor, w: Tensor) -> Tensor:
+    y.data = y.data.sign()  # the memory of before is free, and w's copy may get it
+    w = w.detach().clamp(-1, 1).requires_grad_()
+    return y @ w
+
+
+def complex_view(y: Tensor, w: Tensor) -> Tensor:
+    return torch.view_as_real(torch.view_as_complex(y.view(3, 3, 2)) * torch.view_as_complex(w[:3].view(3, 3, 2)))
+
+
+def detached_alias(y: Tensor, w: Tensor) -> Tensor:
+    y.add_(1)
+    return y.data @ w
+
+
+def negated(y: Tensor, w: Tensor) -> Tensor:
+    return torch._neg_view(y) @ w
+
+
+def overwritten_base(y: Tensor, w: Tensor) -> Tensor:
+    view = y[:2]
+    y.mul_(2)
+    return view @ w
+
+
+@pytest.mark.parametrize("between", [quantised, complex_view, detached_alias, negated, overwritten_base])
+def test_other_tensors_in_the_values_memory_are_left_alone(between: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    w = torch.linspace(-2, 2, 36, dtype=torch.float64).view(6, 6)
+    x = torch.linspace(-1, 1, 18, dtype=torch.float64).view(3, 6)
+
+    def loss(x: Tensor, w: Tensor) -> Tensor:
+        return sugar(between(sugar(x * 1), w) + 0 * x.sum() + 0 * w.sum())
+
+    x.requires_grad_()
+    w.requires_grad_()
+    results = [gradients_of(loss, x, w) for _ in range(10)]  # memory is reused by chance
+    with unshared(monkeypatch):
+        expected = gradients_of(loss, x, w)
+    assert all(same(result, expected) for result in results)  # type: ignore[arg-type]
+
+
+def test_memory_that_is_reused_is_not_the_value() -> None:
+    """The storage is known by weak reference, so another one at its address is another one."""
+    y = sugar(torch.ones(3, 6, requires_grad=True) * 1)
+    value = y.grad_fn.sugar_value  # type: ignore[union-attr]
+    assert value.is_in(y)
+    assert value.is_in(y.t())
+    assert not value.is_in(y.clone())
+    address = y.data_ptr()
+    y.data = torch.ones(3, 6)
+    assert not value.is_in(y)
+    for _ in range(100):
+        other = torch.ones(3, 6)
+        assert not value.is_in(other)
+        if other.data_ptr() == address:
+            break
+
+
+def test_wrapper_subclasses_beside_the_value_are_left_alone() -> None:
+    class Wrapper(Tensor):
+        @staticmethod
+        def __new__(cls, inner: Tensor) -> Wrapper:
+            wrapper = Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # type: ignore[attr-defined]
+            wrapper.inner = inner
+            return wrapper
+
+        @classmethod
+        def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            args = [a.inner if isinstance(a, Wrapper) else a for a in args]
+            return function(*args, **(kwargs or {}))
+
+    w = Wrapper(torch.ones(6, 6))
+    x = torch.ones(3, 6, requires_grad=True)
+    (grad,) = torch.autograd.grad(sugar(sugar(x * 1) @ w).sum(), x)
+    assert grad.isfinite().all()
+
+
+def test_a_graph_that_was_freed_does_not_hinder_the_next_forward_pass() -> None:
+    a, b = nn.Linear(5, 5), nn.Linear(5, 5)
+    y = sugar(a(torch.ones(2, 5)))
+    y.sum().backward()
+    z = sugar(b(y))  # a second head, or a metric
+    assert torch.equal(z, F.relu(b(y)))
+    z = b(y.detach())
+    (grad,) = torch.autograd.grad(sugar(z).sum(), b.weight)
+    assert grad.isfinite().all()
+
+
+def test_a_pre_activation_changed_in_place_raises_in_the_backward_pass_and_not_before() -> None:
+    a, b = nn.Linear(5, 5), nn.Linear(5, 5)
+    x = a(torch.ones(2, 5))
+    y = sugar(x)
+    with torch.no_grad():
+        x.add_(1)
+    z = sugar(b(y))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
+def test_no_function_of_a_users_is_kept_alive() -> None:
+    alive = []
+    for _ in range(3):
+
+        class Double(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, x: Tensor) -> Tensor:
+                ctx.save_for_backward(x)
+                return 2 * x
+
+            @staticmethod
+            def backward(ctx: Any, grad: Tensor) -> Tensor:
+                return 2 * grad
+
+        sugar(Double.apply(sugar(torch.ones(3, requires_grad=True) * 1)))
+        alive.append(weakref.ref(Double))
+        del Double
+    gc.collect()
+    assert [ref() for ref in alive] == [None] * 3
+
+
+# ---- the switch that looks for what can't be told ----
+
+
+def unseen(x: Tensor) -> Tensor:
+    x.data.clamp_(max=0.1)
+    return x
+
+
+class Writes(nn.Module):
+    """Writes to its input unseen by autograd."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return unseen(x)
+
+
+def test_check_names_the_module_whose_value_was_overwritten_before_it_was_saved(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), Writes(), nn.Linear(6, 6), nn.ReLU())
+    timm_sugar.sugarize(model, save_memory=True)
+    model(torch.ones(3, 6))  # wrong in silence, and documented
+    monkeypatch.setattr(_saved_tensors, "check_sharing", True)
+    with pytest.raises(RuntimeError, match=r"the value of 1, of shape \[3, 6\], was overwritten .* save_memory=False"):
+        model(torch.ones(3, 6))
+    timm_sugar.sugarize(model)
+    model(torch.ones(3, 6)).sum().backward()
+
+
+def test_check_compares_in_the_backward_pass_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_saved_tensors, "check_sharing", True)
+    a, b = nn.Linear(6, 6), nn.Linear(6, 6)
+    x = a(torch.ones(3, 6))
+    loss = sugar(b(sugar(x))).sum()
+    x.data.add_(1)
+    with pytest.raises(RuntimeError, match=r"the value of sugar\(\), of shape"):
+        loss.backward()
+
+
+def test_check_finds_nothing_in_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_saved_tensors, "check_sharing", True)
+    gradients(build("test_resnet_sugar"))
+
+
+@pytest.mark.parametrize(("value", "expected"), [("1", "True"), ("0", "False"), (None, "False")])
+def test_check_is_switched_on_by_the_environment(value: str | None, expected: str) -> None:
+    environment = {key: text for key, text in os.environ.items() if key != "TIMM_SUGAR_CHECK_SHARING"}
+    if value is not None:
+        environment["TIMM_SUGAR_CHECK_SHARING"] = value
+    code = "from timm_sugar import _saved_tensors; print(_saved_tensors.check_sharing)"
+    command = [sys.executable, "-c", code]
+    output = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert output.strip() == expected
