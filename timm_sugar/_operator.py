@@ -105,7 +105,9 @@ class _OperatorFunction(_torch.SingleLevelFunction or torch.autograd.Function): 
 
 def _value(x: Tensor, grad_mode: bool, *arguments: Any) -> Tensor:
     """relu(x) for the level of torch.func at which the operator was called: the levels below record the operator."""
-    if _torch.can_nest and (_torch.in_transform() or _torch.records_graph()):
+    if _torch.in_transform() or _torch.records_graph():
+        if not _torch.can_nest:
+            raise RuntimeError(f"this PyTorch can't record sugar(): it has no torch.{_torch.missing[0]}")
         with _torch.one_level_down(grad_mode):
             return _operator(x, *arguments)
     return torch.ops.aten.relu.default(x)

@@ -66,15 +66,13 @@ def relu_gradient() -> Iterator[None]:
         >>> with timm_sugar.activation.relu_gradient():
         ...     (gradient,) = torch.autograd.grad(model(x).sum(), x)
     """
-    if torch.compiler.is_compiling():
-        raise RuntimeError("enter relu_gradient() outside of the compiled function")
-    token = uses_relu_gradient.set(True)
     _uncompiled.enter()
+    token = uses_relu_gradient.set(True)
     try:
         yield
     finally:
-        _uncompiled.leave()
         uses_relu_gradient.reset(token)
+        _uncompiled.leave()
 
 
 class _Uncompiled:
@@ -86,7 +84,10 @@ class _Uncompiled:
     def enter(self) -> None:
         with self._lock:
             if not self._inside:
-                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+                try:
+                    self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+                except RuntimeError as error:
+                    raise RuntimeError("enter relu_gradient() outside of the compiled function") from error
             self._inside += 1
 
     def leave(self) -> None:
