@@ -44,7 +44,8 @@ class _EagerFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, surrogate: str | None, values: list[float]) -> Tensor:
         ctx.surrogate, ctx.values = surrogate, values
         ctx.save_for_backward(x)
-        ctx.save_for_forward(x)
+        if _torch.in_forward_mode(x):
+            ctx.save_for_forward(x)
         return torch.relu(x)
 
     @staticmethod
@@ -162,7 +163,8 @@ def _recomputed(x: Tensor, surrogate: str, values: list[float], formula: str) ->
 
 
 def _apply_eagerly(x: Tensor, surrogate: str, values: list[float]) -> Tensor:
-    if _torch.can_nest and not x.requires_grad and not _torch.in_forward_mode(x):
+    recorded = torch.is_grad_enabled() and (x.requires_grad or not _torch.can_nest)  # which may hide it
+    if not recorded and not _torch.in_forward_mode(x):
         return F.relu(x)
     if x.layout != torch.strided or x.is_nested:
         layout = "nested" if x.is_nested else x.layout
@@ -178,11 +180,13 @@ def apply(x: Tensor, surrogate: str, values: list[float], formula: str) -> Tenso
         if isinstance(x, torch.fx.Proxy):  # has no dtype, and its graph may run with gradients later
             return _operator(x, surrogate, values, formula)
         _check(x)
-        if not _is_recorded(x):
-            return F.relu(x)
         if torch.compiler.is_dynamo_compiling():
+            if not _is_recorded(x):
+                return F.relu(x)
             if not _torch.is_exporting() and not _torch.in_transform():  # which takes no checkpoint
                 return _recomputed(x, surrogate, values, formula)
         elif _torch.is_eager(x) or x.layout != torch.strided or x.is_nested:
             return _apply_eagerly(x, surrogate, values)
+        elif not _is_recorded(x):
+            return F.relu(x)
     return torch.ops.timm_sugar.relu(x, surrogate, values, formula)
