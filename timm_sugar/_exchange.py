@@ -66,7 +66,11 @@ class Change:
             return
         if isinstance(new, nn.Module) and isinstance(old, nn.Module):
             new.train(old.training)
-            settings = {"inplace", *getattr(old, "__constants__", ())}
+            settings = {
+                "inplace",
+                *getattr(old, "__constants__", ()),
+                *(vars(SUGAR()) if isinstance(old, SUGAR) else ()),
+            }
             carried = {k: v for k, v in vars(old).items() if "hook" in k or not (k in vars(new) or k in settings)}
             vars(new).update(carried)
         _set(owner, key, new)

@@ -70,6 +70,9 @@ _is_exporting = _find("compiler.is_exporting", "a bare operator in strictly expo
 _tracing_state = _find("_C._get_tracing_state", "torch.jit.trace's check of some traces")
 _set_tracing_state = _find("_C._set_tracing_state", "torch.jit.trace's check of some traces")
 
+# torch 2.1 to 2.14. Without it, diagnose counts a checkpointed layer twice.
+_graph_task = _find("_C._current_graph_task_id", "one count of checkpointed layers in diagnose")
+
 _SHARING = "memory sharing"
 _default_hooks = _find("_C._autograd._top_saved_tensors_default_hooks", _SHARING)  # torch 2.1 to 2.14
 _saved_data = _find("_C._autograd.SavedTensor.data", _SHARING)  # torch 2.8 to 2.14
@@ -184,6 +187,11 @@ def _locals(function: str, name: str) -> Iterator[Any]:
     for frame, _ in traceback.walk_stack(None):
         if frame.f_code.co_name == function and name in frame.f_locals:
             yield frame.f_locals[name]
+
+
+def in_backward_pass() -> bool:
+    """Whether autograd is going backward in this thread, so that a forward pass is one of a checkpoint."""
+    return _graph_task is not None and _graph_task() != -1
 
 
 def forward_hooks(module: torch.nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:

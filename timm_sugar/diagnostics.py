@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timm_sugar import _torch
 from timm_sugar._places import find_places, is_activation
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -184,7 +185,7 @@ class Activations:
     def _enter(self, name: str, x: Tensor) -> None:
         """Before the activation, which may overwrite its input."""
         x = x[None] if x.ndim == 0 else x
-        if torch._C._current_graph_task_id() != -1:  # a backward pass computes a checkpointed layer again
+        if _torch.in_backward_pass():  # a backward pass computes a checkpointed layer again
             return
         self._calls[name] = call = self._calls.get(name, 0) + 1
         key = name if call == 1 else f"{name}#{call}"
@@ -200,7 +201,7 @@ class Activations:
         self._open.append((layer, others))
 
     def _leave(self, output: Tensor) -> None:
-        if torch._C._current_graph_task_id() != -1:
+        if _torch.in_backward_pass():
             return
         layer, others = self._open.pop()
         output = output.reshape(1, -1) if output.ndim < 2 else output

@@ -317,6 +317,13 @@ def test_model_that_is_an_activation_itself_comes_back_as_a_new_module(model: nn
     assert type(to_relu(new)) is nn.ReLU
 
 
+def test_relu_has_no_attribute_that_sugar_has_and_keeps_others() -> None:
+    model = nn.Sequential(SUGAR(surrogate="nelu", alpha=0.3))
+    model[0].note = "mine"  # type: ignore[assignment]
+    to_relu(model)
+    assert vars(model[0]).keys() == vars(nn.ReLU()).keys() | {"note"}
+
+
 @pytest.mark.parametrize(
     ("bad", "error"),
     [
