@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from sphinx.application import Sphinx
+from sphinx.errors import ExtensionError
 
 from timm_sugar.version import __version__
 
@@ -21,15 +22,16 @@ myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # pages that include a file of the repository start with its second heading
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the signature has them
-autodoc_default_options = {"members": True}
 napoleon_use_ivar = True
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_title = f"timm_sugar {version}"
 html_static_path = ["static"]
 html_css_files = ["wide.css"]
 html_copy_source = False
 html_show_sphinx = False
+html_show_copyright = False
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#bc4c00", "color-brand-content": "#0969da"},
     "dark_css_variables": {"color-brand-primary": "#ffa657", "color-brand-content": "#58a6ff"},
@@ -50,7 +52,16 @@ def show_results(app: Sphinx, page: str, source: list[str]) -> None:
         source[0] = re.sub(r"\]\((?!\.\./|https?:|#)", "](../results/", text)
 
 
+def refuse_what_loads_from_elsewhere(app: Sphinx, error: Exception | None) -> None:
+    """Raise ExtensionError for a page that takes a script, style, font or picture from the network."""
+    for page in [] if error else Path(app.outdir).rglob("*.html"):
+        loads = re.findall(r"<(?!a\b)\w+ [^>]*?(?:src|href)=\"(https?:[^\"]*)\"", page.read_text())
+        if loads:
+            raise ExtensionError(f"{page.name} loads {loads[0]}")
+
+
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
+    app.connect("build-finished", refuse_what_loads_from_elsewhere)
     app.connect("source-read", show_results)
     app.connect("autodoc-process-docstring", escape_bars, priority=0)

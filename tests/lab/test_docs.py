@@ -99,24 +99,15 @@ def test_the_script_after_the_change_trains_a_sugar_model(page: Path) -> None:
 def test_names_in_blocks_that_download_exist() -> None:
     import timm
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(surrogate, "_surrogates", dict(surrogate._surrogates))
-        code = "\n".join(block for page in PAGES for block in skipped_blocks(page))
-    names = re.findall(r'create_model\("([^"]+)", pretrained=True', code)
+    skipped = r'<!-- skip: next "[^"]+" -->\n```python\n(.*?)^```$'
+    found = [code for page in PAGES for code in re.findall(skipped, TEXT[page], flags=re.MULTILINE | re.DOTALL)]
+    assert len(found) == sum(TEXT[page].count("<!-- skip: ") for page in PAGES)
+    for code in found:
+        compile(code, "page", "exec")
+    names = re.findall(r'create_model\("([^"]+)", pretrained=True', "\n".join(found))
     pretrained = timm.list_models(pretrained=True)
     assert len(names) >= 4
     assert all(any(known == name or known.startswith(name + ".") for known in pretrained) for name in names)
-
-
-def skipped_blocks(page: Path) -> list[str]:
-    """The Python blocks of a page that are marked to be skipped, none of the others run."""
-    found = re.findall(
-        r'<!-- skip: next "[^"]+" -->\n```python\n(.*?)^```$', TEXT[page], flags=re.MULTILINE | re.DOTALL
-    )
-    assert len(found) == TEXT[page].count("<!-- skip: ")
-    for code in found:
-        compile(code, str(page), "exec")
-    return found
 
 
 @pytest.mark.parametrize("command", sorted(set(COMMANDS)))
