@@ -2,6 +2,7 @@
 # make test         run the tests that a change needs first, on two cores
 # make test-all     run all tests
 # make test-torch   run the tests of the library with another torch: make test-torch TORCH=2.6.0
+# make docs         build the pages of docs/ as a site in build/docs/
 # make clean        remove the environment and what the tools left
 #
 # They make the environment .venv first if it is missing. PYTHON=python3.12 chooses the interpreter for it.
@@ -15,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help quickstart test test-all test-torch clean
+.PHONY: help quickstart test test-all test-torch docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -33,6 +34,10 @@ $(VENV)/installed-test: pyproject.toml | $(BIN)/python
 	$(PIP) -e ".[test]"
 	touch $@ $(VENV)/installed-train
 
+$(VENV)/installed-docs: pyproject.toml | $(BIN)/python
+	$(PIP) -e ".[docs]"
+	touch $@
+
 quickstart: $(VENV)/installed-train
 	$(BIN)/python scripts/quickstart.py
 
@@ -48,6 +53,11 @@ test-torch:
 	$(PYTHON) -m venv .venv-torch-$(TORCH)
 	.venv-torch-$(TORCH)/bin/python -m pip install --disable-pip-version-check "torch==$(TORCH)" . pytest pytest-xdist setuptools
 	$(ONE_THREAD) .venv-torch-$(TORCH)/bin/python -m pytest -n $(JOBS) --dist worksteal -p no:cacheprovider tests/library
+
+# A warning is an error.
+docs: $(VENV)/installed-docs
+	$(BIN)/python -m sphinx -W -q -b html -d build/doctrees docs build/docs
+	@echo build/docs/index.html
 
 clean:
 	rm -rf $(VENV) .venv-torch-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -12,7 +12,7 @@
     python scripts/benchmark.py growth --axes batch depth
 
 Variants are measured in turns in one process and compared within it. Rows go to --output, benchmark_COMMAND.csv, each
-in the place of the one with the same settings; `scripts/tables.py` and `scripts/figures.py` make the README's tables
+in the place of the one with the same settings; `scripts/tables.py` and `scripts/figures.py` make the tables
 and picture from those in results/. Close what else is running, and don't touch the machine meanwhile.
 """
 

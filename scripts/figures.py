@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Draw the README's pictures from the package's own functions and from results/.
+"""Draw the pictures of README and docs from the package's own functions and from results/.
 
     python scripts/figures.py
 
 Writes surrogates-light.svg and surrogates-dark.svg: the forward pass of a SUGAR unit, and beside it the derivatives
-that stand in for ReLU's in the backward pass, as autograd returns them. And cost-light.svg and cost-dark.svg: the time
-of one activation against its size, from results/benchmark_activation.csv.
+that stand in for ReLU's in the backward pass, as autograd returns them. cost-light.svg and cost-dark.svg: the time of
+one activation against its size, from results/benchmark_activation.csv. inside-light.svg and inside-dark.svg: the way of
+a tensor through a SUGAR unit.
 """
 
 from __future__ import annotations
@@ -166,7 +167,46 @@ def draw_cost(theme: Theme) -> Figure:
     return figure
 
 
-PICTURES = {"surrogates": draw, "cost": draw_cost}
+def draw_box(axes: Axes, theme: Theme, x: float, y: float, text: str, color: str) -> None:
+    """A labelled box around a point."""
+    box = {"boxstyle": "round,pad=0.55", "edgecolor": color, "facecolor": "none", "linewidth": 1.4}
+    axes.text(x, y, text, color=theme.text, fontsize=11, ha="center", va="center", bbox=box)
+
+
+def draw_arrow(
+    axes: Axes, start: tuple[float, float], end: tuple[float, float], color: str, dashed: bool = False
+) -> None:
+    """An arrow from one point to another."""
+    line = {"arrowstyle": "-|>", "color": color, "linewidth": 1.6, "linestyle": (0, (3, 2)) if dashed else "-"}
+    axes.annotate("", xy=end, xytext=start, arrowprops=line)
+
+
+def draw_inside(theme: Theme) -> Figure:
+    """The way of a tensor through a SUGAR unit: forward above, backward below, what is kept between them."""
+    figure = Figure(figsize=(9.6, 3.4))
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, 9.6), ylim=(0, 3.4))
+    axes.axis("off")
+    for y, color, title in ((2.45, theme.forward, "forward"), (0.8, theme.backward, "backward")):
+        axes.text(0.25, y + 0.62, title, color=color, fontsize=12, weight="bold", va="center")
+        draw_box(axes, theme, 1.1, y, "layer before", theme.faint)
+        draw_box(axes, theme, 8.5, y, "layer behind", theme.faint)
+    draw_box(axes, theme, 4.8, 2.45, "relu(x)", theme.forward)
+    draw_box(axes, theme, 4.8, 0.8, "gradient × f '(x)", theme.backward)
+    for start, end, label in ((1.85, 4.2, "x"), (5.4, 7.75, "y = relu(x)")):
+        draw_arrow(axes, (start, 2.45), (end, 2.45), theme.forward)
+        axes.text((start + end) / 2, 2.6, label, color=theme.forward, fontsize=10, ha="center", va="bottom")
+    for start, end, label in ((7.75, 5.8, "gradient of y"), (3.8, 1.85, "gradient of x")):
+        draw_arrow(axes, (start, 0.8), (end, 0.8), theme.backward)
+        axes.text((start + end) / 2, 0.65, label, color=theme.backward, fontsize=10, ha="center", va="top")
+    draw_arrow(axes, (3.0, 2.4), (4.55, 1.1), theme.faint, dashed=True)
+    axes.text(3.15, 1.65, "x is kept", color=theme.faint, fontsize=10, ha="right")
+    draw_arrow(axes, (3.0, 2.4), (8.2, 1.1), theme.faint, dashed=True)
+    axes.text(6.6, 1.78, "shared memory: relu(x) once more", color=theme.faint, fontsize=10, ha="left")
+    return figure
+
+
+PICTURES = {"surrogates": draw, "cost": draw_cost, "inside": draw_inside}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,7 +4,7 @@
     python scripts/report.py                     # output/report.html
 
 The page is one file: pictures are inside, nothing is loaded from elsewhere, it opens from disk. What it says is what
-README.md, results/README.md and the cards in model_cards/ say.
+README.md, docs/, results/README.md and the cards in model_cards/ say.
 """
 
 from __future__ import annotations
@@ -64,9 +64,14 @@ def embedded(match: re.Match[str], folder: Path) -> str:
     return f'{match[1]}="data:{TYPES[file.suffix]};base64,{base64.b64encode(file.read_bytes()).decode()}"'
 
 
+# A picture for light backgrounds and, on the next line, the same one for dark ones, as the pages of docs/ have them.
+THEMED = re.compile(r"!\[(.*)\]\((.*)\)\{\.only-light\}\n!\[.*\]\((.*)\)\{\.only-dark\}")
+PICTURE = r'<picture><source media="(prefers-color-scheme: dark)" srcset="\3"><img alt="\1" src="\2"></picture>'
+
+
 def rendered(text: str, folder: Path, deeper: int = 0) -> Markup:
     """HTML of a Markdown text that lies in `folder`: headings moved down, pictures inside, no links to files."""
-    tokens = MARKDOWN.parse(text)
+    tokens = MARKDOWN.parse(THEMED.sub(PICTURE, text))
     for token in tokens:
         if token.type.startswith("heading"):
             token.tag = f"h{int(token.tag[1]) + deeper}"
@@ -86,14 +91,16 @@ def collect() -> list[Part]:
         body = path.read_text().split("---\n", 2)[2]  # what is before it is for the Hub
         title, body = body.strip().split("\n", 1)
         cards.append(Part(title.removeprefix("# Model card for "), rendered(body, path.parent, deeper=1)))
-    method = readme.split("\n", 1)[1].partition("\n```")[0]
+    docs = ROOT / "docs"
+    method = readme.split("\n", 1)[1].partition("\nTwo lines")[0]
+    evidence, cost = ((docs / f"{name}.md").read_text().split("\n", 1)[1] for name in ("evidence", "cost"))
     results = (ROOT / "results" / "README.md").read_text().split("\n", 1)[1]
     return [
         Part("The method", rendered(method, ROOT)),
-        Part("When to use it, and when not", rendered(cut(readme, "### When to use it, and when not"), ROOT)),
-        Part("Does it help?", rendered(results, ROOT / "results", deeper=1)),
-        Part("What it costs", rendered(cut(readme, "## Cost"), ROOT)),
-        Part("Published models", rendered(cut(readme, "### Pretrained weights"), ROOT), cards),
+        Part("Does it help?", rendered(evidence, docs, deeper=1)),
+        Part("Every table", rendered(results, ROOT / "results", deeper=1)),
+        Part("What it costs", rendered(cost, docs, deeper=1)),
+        Part("Published models", rendered(cut(readme, "## Weights"), ROOT), cards),
     ]
 
 

@@ -1,20 +1,24 @@
 #!/usr/bin/env python3
-"""Keep results/recipes.csv, and the tables in README.md, up to date.
+"""Keep results/recipes.csv, and the tables in README.md and docs/, up to date.
 
-    python scripts/tables.py output/train/RUN ...   # add runs of recipes to results/recipes.csv, then write the table
-    python scripts/tables.py                        # write the tables only, those of costs and experiments too
+    python scripts/tables.py output/train/RUN ...   # add runs of recipes to results/recipes.csv, then write the tables
+    python scripts/tables.py                        # write the tables only
     python scripts/tables.py --selection RECIPE RUN ...   # runs that chose a recipe's settings: results/selection.csv
 
 A run belongs to the recipe that its folder is named after. Its row has the last epoch's numbers on the validation
 split, how many epochs it ran of those that the recipe asks for, and what it ran on. A newer run replaces an older one.
+
+A page says where a table belongs by two marks, <!-- NAME --> and <!-- /NAME -->. NAME is recipes, models, evidence,
+benchmark or costs. Each model card also gets a page of docs/, in docs/cards/.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +34,8 @@ from lab.training.runs import read_summary
 from timm_sugar.models._weights import MODEL_CARDS, WEIGHTS
 
 ROOT = Path(__file__).resolve().parents[1]
-RECIPES, RESULTS, README = ROOT / "scripts" / "recipes", ROOT / "results" / "recipes.csv", ROOT / "README.md"
+RECIPES, RESULTS, DOCS = ROOT / "scripts" / "recipes", ROOT / "results" / "recipes.csv", ROOT / "docs"
+README, CARDS = ROOT / "README.md", DOCS / "cards"
 SELECTION = ROOT / "results" / "selection.csv"  # HOLDOUT: what scripts/holdout.py made of the training split
 COLUMNS = (
     *("recipe", "epochs", "recipe_epochs", "seed", "top1", "top5", "dead_units", "sparsity"),
@@ -40,7 +45,25 @@ DATA = {"cifar10": "CIFAR-10", "tin200": "Tiny-ImageNet-200", "in1k": "ImageNet-
 OF_THE_MACHINE = ("data_dir", "output", "experiment", "device", "pretrained_path")
 MEASURED = ("top-1 (%)", "dead units (%)", "zeros (%)")
 HEAD = ("recipe in `scripts/recipes/`", "model, surrogate", "data", "epochs run here", *MEASURED)
-MODELS_HEAD = ("weights", "data", MEASURED[0], "plain ReLU twin, top-1 (%)", *MEASURED[1:], "MB")
+COSTS_HEAD = ("network, what", "SUGAR over ReLU", "SUGAR over the network's own activation")
+# What the short table of costs shows: file, network, mode, metric.
+COSTS = (
+    ("model", "resnet18", "eager", "step"),
+    ("model", "convnext_tiny", "eager", "step"),
+    ("model", "resnet18", "compile", "step"),
+    ("model", "resnet18", "eager", "kept"),
+    ("inference", "resnet18", "eager", "forward"),
+)
+CARD_PAGE = """\
+# {name}
+
+<!-- Written by scripts/tables.py. -->
+```{{include}} ../../model_cards/{name}/README.md
+:start-after: "# Model card for {name}"
+:relative-images:
+```
+"""
+MODELS_HEAD = ("weights", "data", MEASURED[0], "ReLU twin, top-1 (%)", *MEASURED[1:], "MB")
 
 
 def load_recipe(name: str) -> dict[str, Any]:
@@ -98,29 +121,77 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     return markdown_table(HEAD, body)
 
 
-def models_table(models: Path = MODEL_CARDS) -> str:
-    """The table of the weights in model_cards/, in Markdown."""
+def models_table(models: Path = MODEL_CARDS, link: str = "model_cards/{}/README.md") -> str:
+    """The table of the weights in model_cards/, in Markdown. `link`: where a card is, with {} for the model's name."""
     body = []
-    for folder in sorted(path.parent for path in models.glob(f"*/{CONFIG}")):
+    for folder in model_folders(models):
         (own, *others), config = read_results(folder), json.loads((folder / CONFIG).read_text())
         twin = next((f"{float(row['top1']):.2f}" for row in others if row["weights"] == TWIN), "not run")
         data = f"{DATA[config['sugar']['dataset']]}, {config['pretrained_cfg']['input_size'][-1]} px"
         top1 = f"{float(own['top1']):.2f}"
         shares = [f"{100 * float(own[key]):.2f}" for key in ("dead_units", "sparsity")]
         size = f"{(folder / WEIGHTS).stat().st_size / 1e6:.1f}"
-        link = f"[`{folder.name}`](model_cards/{folder.name}/README.md)"
-        body.append([link, data, top1, twin, *shares, size])
+        body.append([f"[`{folder.name}`]({link.format(folder.name)})", data, top1, twin, *shares, size])
     return markdown_table(MODELS_HEAD, body) if body else "None yet."
 
 
-def with_tables(readme: str, results: dict[str, dict[str, Any]]) -> str:
-    """README.md's text, what stands between each pair of marks replaced by its table."""
-    tables = {"recipes": table(results), "models": models_table(), "benchmark": cost.tables(RESULTS.parent)}
-    tables["evidence"] = evidence.overview(RESULTS.parent)
-    for mark, text in tables.items():
-        before, rest = readme.split(f"<!-- {mark} -->\n")
-        readme = f"{before}<!-- {mark} -->\n{text}\n<!-- /{mark} -->{rest.partition(f'<!-- /{mark} -->')[2]}"
-    return readme
+def model_folders(models: Path = MODEL_CARDS) -> list[Path]:
+    """The folders of published models, by name."""
+    return sorted(path.parent for path in models.glob(f"*/{CONFIG}"))
+
+
+def costs_table(results: Path) -> str:
+    """The few rows of cost that README shows, of the first machine that was measured, in Markdown."""
+    body, where, versions = [], "", ""
+    for file, subject, mode, metric in COSTS:
+        key = {"subject": subject, "mode": mode, "metric": metric, "variant": "sugar"}
+        rows = cost.of_default(read_rows(results / f"benchmark_{file}.csv"))
+        row = next((row for row in rows if key.items() <= row.items()), None)
+        if row:
+            what = f"{subject}, {row['batch_size']} × {row['img_size']} px: {cost.METRICS[metric]}, {mode}"
+            body.append([what, cost.cell(row), cost.cell(row, "to_own")])
+            where = f"{row['machine']} ({row['device']}, {row['threads']} cores), {row['dtype']}"
+            versions = f"torch {row['torch']}, timm_sugar {row['timm_sugar']}"
+    if not body:
+        return "Not measured yet."
+    return f"{markdown_table(COSTS_HEAD, body)}\n\n{where}; {versions}; ratios, median (quartiles)."
+
+
+def tables(results: dict[str, dict[str, Any]], page: Path) -> dict[str, Callable[[], str]]:
+    """What makes each table, by the name in its marks, for a page whose links start from its folder."""
+    link = "model_cards/{}/README.md" if page == README else "cards/{}.md"
+    return {
+        "recipes": lambda: table(results),
+        "models": lambda: models_table(link=link),
+        "benchmark": lambda: cost.tables(RESULTS.parent),
+        "costs": lambda: costs_table(RESULTS.parent),
+        "evidence": lambda: evidence.overview(RESULTS.parent),
+    }
+
+
+def with_tables(page: Path, results: dict[str, dict[str, Any]]) -> str:
+    """A page's text, what stands between each pair of marks replaced by its table. Raises UserError for bad marks."""
+    makers = tables(results, page)
+
+    def filled(match: re.Match[str]) -> str:
+        if match[1] not in makers:
+            raise UserError(f"{page}: no table is named {match[1]} (there are {', '.join(makers)})")
+        return f"<!-- {match[1]} -->\n{makers[match[1]]()}\n<!-- /{match[1]} -->"
+
+    text = re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", filled, page.read_text(), flags=re.DOTALL)
+    if lone := re.sub(r"<!-- (\w+) -->\n.*?<!-- /\1 -->", "", text, flags=re.DOTALL).count("<!-- /"):
+        raise UserError(f"{page}: {lone} tables have no opening mark")
+    return text
+
+
+def pages() -> list[Path]:
+    """README.md and the pages of docs/."""
+    return [README, *sorted(DOCS.glob("*.md"))]
+
+
+def card_pages() -> dict[Path, str]:
+    """The page of each model card in docs/, which includes the card."""
+    return {CARDS / f"{folder.name}.md": CARD_PAGE.format(name=folder.name) for folder in model_folders()}
 
 
 def run(args: argparse.Namespace) -> None:
@@ -131,9 +202,14 @@ def run(args: argparse.Namespace) -> None:
         write_results(SELECTION, rows)
         return
     results = load_results() | {folder.name: summarize(folder, folder.name) for folder in args.runs}
+    texts = {page: with_tables(page, results) for page in pages()} | card_pages()
     if args.runs:
         write_results(RESULTS, results)
-    write_atomically(README, with_tables(README.read_text(), results))
+    CARDS.mkdir(exist_ok=True)
+    for page, text in texts.items():
+        write_atomically(page, text)
+    for page in set(CARDS.glob("*.md")) - texts.keys():
+        page.unlink()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The table of recipes: made from committed numbers, and numbers only from finished runs."""
+"""The tables of README and docs/: made from committed numbers, and numbers only from finished runs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lab.bench.cost import COLUMNS
+from lab.cli import UserError
+from lab.files import write_rows
 from lab.release.stage import Run, add_twin
 from scripting import load_script
 from staging import MEASURED, VERSIONS, make_folder, train
@@ -29,9 +32,38 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def test_readme_shows_the_committed_results() -> None:
-    text = tables.README.read_text()
-    assert tables.with_tables(text, tables.load_results()) == text
+def test_pages_show_the_committed_results() -> None:
+    results = tables.load_results()
+    texts = {page: tables.with_tables(page, results) for page in tables.pages()} | tables.card_pages()
+    assert {page: page.read_text() for page in texts} == texts
+    assert set(tables.CARDS.glob("*.md")) == tables.card_pages().keys()
+    shown = "".join(texts.values())
+    assert [name for name in tables.tables(results, tables.README) if f"<!-- {name} -->" not in shown] == []
+
+
+@pytest.mark.parametrize("text", ["<!-- nonsense -->\n<!-- /nonsense -->", "<!-- /models -->"])
+def test_marks_without_a_table_are_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / "page.md").write_text(f"# Title\n\n{text}\n")
+    with pytest.raises(UserError, match=r"no table is named nonsense|no opening mark"):
+        tables.with_tables(tmp_path / "page.md", {})
+
+
+def test_the_short_table_of_costs_takes_its_numbers_from_the_rows(tmp_path: Path) -> None:
+    assert tables.costs_table(tmp_path) == "Not measured yet."
+    row = dict.fromkeys(COLUMNS, "") | {"subject": "resnet18", "mode": "eager", "metric": "step", "variant": "sugar"}
+    row |= {"batch_size": "8", "img_size": "224", "surrogate": "surrogate='bsilu', alpha=1.67", "device": "cpu"}
+    row |= {
+        "to_relu": "1.5",
+        "to_relu_q1": "1.25",
+        "to_relu_q3": "1.75",
+        "to_own": "1",
+        "to_own_q1": "1",
+        "to_own_q3": "1",
+    }
+    other = row | {"surrogate": "surrogate='nelu', alpha=0.01", "to_relu": "9"}
+    write_rows(tmp_path / "benchmark_model.csv", [other, row], COLUMNS)
+    lines = tables.costs_table(tmp_path).splitlines()
+    assert lines[2:4] == ["| resnet18, 8 × 224 px: training step, eager | 1.50 (1.25–1.75) | 1.00 |", ""]
 
 
 def test_a_row_has_the_last_epoch_and_the_command_that_repeats_it(run: Path) -> None:
