@@ -20,6 +20,7 @@ from pathlib import Path
 from lab.cli import Parser, explained
 from lab.experiments.pictures import draw_depth
 from lab.files import write_rows
+from lab.training.groups import x
 from lab.training.loading import add_compare, add_options, each_model
 from tqdm import tqdm
 
@@ -33,7 +34,7 @@ def build_parser() -> Parser:
     add_options(parser)
     add_compare(parser, images=None)
     add = parser.add_argument
-    add("--tau", type=float, default=DORMANT, metavar="X", help="0 or more (default: %(default)s)")
+    add("--tau", **x(0, default=DORMANT), help="0 or more (default: %(default)s)")
     add("--output", type=Path, default=Path("output/diagnose"), metavar="DIR", help="(default: %(default)s)")
     return parser
 

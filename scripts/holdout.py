@@ -19,6 +19,7 @@ from pathlib import Path
 
 from lab.cli import Parser, UserError, explained
 from lab.training.data import DataError, split_folder
+from lab.training.groups import SEED, x
 
 
 def choose(names: Sequence[str], share: float, seed: str) -> set[str]:
@@ -57,9 +58,7 @@ def link_splits(data: Path, out: Path, share: float, seed: int) -> dict[str, int
 
 
 def run(args: argparse.Namespace) -> None:
-    """Check the options, write, and say what was written."""
-    if not 0 < args.share < 1:
-        raise UserError(f"--share must lie between 0 and 1, not {args.share:g}")
+    """Write, and say what was written."""
     with explained(f"can't write {args.out}"):
         counts = link_splits(args.data, args.out, args.share, args.seed)
     print(f"{args.out}: {counts['train']} images to train on, {counts['validation']} held out")
@@ -70,8 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser("holdout.py", description=__doc__)
     parser.add_argument("data", type=Path, metavar="DATA", help="data folder with a training split")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
-    parser.add_argument("--share", type=float, default=0.1, metavar="X", help="0..1 (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=42, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--share", **x(above=0, below=1, default=0.1), help="0..1 (default: %(default)s)")
+    parser.add_argument("--seed", type=SEED, default=42, metavar="N", help="(default: %(default)s)")
     return parser.run(run, argv)
 
 

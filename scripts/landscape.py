@@ -23,6 +23,7 @@ import torch
 from lab.cli import Parser, UserError, explained
 from lab.experiments.landscape import landscape
 from lab.files import save_figure, write_atomically
+from lab.training.groups import SEED, n, x
 from lab.training.loading import add_compare, add_options, each_model
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -34,9 +35,9 @@ def build_parser() -> Parser:
     add_options(parser)
     add_compare(parser, images=512)
     add = parser.add_argument
-    add("--points", type=int, default=21, metavar="N", help="of the grid, to a side (default: %(default)s)")
-    add("--span", type=float, default=1.0, metavar="X", help="from -X to X, 1 being the weights' length (default: 1)")
-    add("--seed", type=int, default=0, metavar="N", help="of the directions (default: %(default)s)")
+    add("--points", **n(3, default=21), help="of the grid, to a side (default: %(default)s)")
+    add("--span", **x(above=0, default=1.0), help="from -X to X, 1 being the weights' length (default: 1)")
+    add("--seed", type=SEED, default=0, metavar="N", help="of the directions (default: %(default)s)")
     add("--output", type=Path, default=Path("output/landscape"), metavar="DIR", help="(default: %(default)s)")
     return parser
 
@@ -54,7 +55,7 @@ def write_csv(losses: dict[str, torch.Tensor], steps: list[float], path: Path) -
 
 def draw(losses: dict[str, torch.Tensor], steps: list[float], path: Path) -> None:
     """Contours side by side, with the same levels (logarithmic) and colours."""
-    low = min(float(grid.min()) for grid in losses.values())
+    low = min(float(grid[grid.isfinite()].min()) for grid in losses.values())
     high = max(float(grid[grid.isfinite()].max()) for grid in losses.values())
     levels = np.geomspace(max(low, 1e-3), max(high, 2e-3), 20)
     figure = Figure(figsize=(5.2 * len(losses) + 0.8, 4.6), layout="constrained")
@@ -68,10 +69,8 @@ def draw(losses: dict[str, torch.Tensor], steps: list[float], path: Path) -> Non
 
 def run(args: argparse.Namespace) -> None:
     """Compute the landscape of one model or two, and write what came out."""
-    if args.points < 3 or args.points % 2 == 0:
-        raise UserError(f"--points must be odd and at least 3, so that the weights are one of them, not {args.points}")
-    if not args.span > 0:
-        raise UserError(f"--span must be positive, not {args.span:g}")
+    if args.points % 2 == 0:
+        raise UserError(f"--points must be odd, so that the weights are one of them, not {args.points}")
     steps = [float(x) for x in np.linspace(-args.span, args.span, args.points)]
     losses = {}
     for name, model, loader in each_model(args):
@@ -79,6 +78,8 @@ def run(args: argparse.Namespace) -> None:
         with tqdm(total=args.points**2, unit="point", leave=False, disable=not sys.stderr.isatty()) as bar:
             losses[name] = landscape(model, batches, steps, seed=args.seed, progress=lambda n: bar.update(n - bar.n))
         grid = losses[name]
+        if not grid.isfinite().any():
+            raise UserError(f"the loss of {name} is finite nowhere: are its weights?")
         centre = args.points // 2
         print(f"loss {grid.min():.4f} to {grid.max():.4f}, at the weights {grid[centre, centre]:.4f}")
     with explained(f"can't write to {args.output}"):

@@ -19,9 +19,10 @@ import sklearn.datasets
 import torch
 import torch.nn.functional as F
 import yaml
-from lab.cli import KeyValues, Parser, UserError, explained
+from lab.cli import KeyValues, Parser, explained
 from lab.files import write_atomically
 from lab.training.divergence import STATUS, Diverged, all_finite, diverged
+from lab.training.groups import SEED, n, x
 from lab.training.runs import write_summary
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -40,12 +41,12 @@ def build_parser() -> Parser:
     add("--dataset", default="breast_cancer", choices=DATA_SETS, help="(default: %(default)s)")
     add("--activation", default="sugar", choices=ACTIVATIONS, help="(default: %(default)s)")
     add("--model-kwargs", nargs="*", default={}, action=KeyValues, metavar="K=V", help="of SUGAR: surrogate=nelu ...")
-    add("--depth", type=int, default=6, metavar="N", help="hidden layers (default: %(default)s)")
-    add("--width", type=int, default=64, metavar="N", help="units of each (default: %(default)s)")
-    add("--epochs", type=int, default=50, metavar="N", help="(default: %(default)s)")
-    add("-b", "--batch-size", type=int, default=32, metavar="N", help="(default: %(default)s)")
-    add("--lr", type=float, default=1e-3, metavar="X", help="of AdamW (default: %(default)s)")
-    add("--seed", type=int, default=42, metavar="N", help="(default: %(default)s)")
+    add("--depth", **n(1, default=6), help="hidden layers (default: %(default)s)")
+    add("--width", **n(1, default=64), help="units of each (default: %(default)s)")
+    add("--epochs", **n(1, default=50), help="(default: %(default)s)")
+    add("-b", "--batch-size", **n(1, default=32), help="(default: %(default)s)")
+    add("--lr", **x(0, default=1e-3), help="of AdamW (default: %(default)s)")
+    add("--seed", type=SEED, default=42, metavar="N", help="(default: %(default)s)")
     add("--output", default="./output/tabular", metavar="DIR", help="folder of runs (default: %(default)s)")
     add("--experiment", default="run", metavar="NAME", help="name of the run, overwritten (default: %(default)s)")
     return parser
@@ -95,9 +96,6 @@ def evaluate(model: nn.Module, rows: Tensor, labels: Tensor) -> dict[str, float]
 
 def run(args: argparse.Namespace) -> None:
     """Train all epochs and write the folder: summary.csv last, so that a run that has one is whole."""
-    for name in ("depth", "width", "epochs", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} must be at least 1")
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # the same numbers on any count of cores
     train, held_out, labels, truth = load_rows(args.dataset, args.seed)

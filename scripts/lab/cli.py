@@ -29,11 +29,15 @@ class UserError(Exception):
 
 
 @contextmanager
-def explained(what: str) -> Iterator[None]:
-    """Turn an error inside the block into a UserError of one line that starts with `what`."""
+def explained(what: str, *more: type[Exception]) -> Iterator[None]:
+    """Turn a user's mistake inside the block into a UserError of one line that starts with `what`.
+
+    `more` are exceptions that are a user's mistake in this block alone.
+    """
+    mistakes: tuple[type[Exception], ...] = (*_MISTAKES, *more)
     try:
         yield
-    except _MISTAKES as error:
+    except mistakes as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{what}: {text if len(text) < 300 else text[:300] + ' ...'}") from error
 
@@ -81,19 +85,20 @@ def whole(least: int, most: int | None = None) -> Callable[[str], int]:
     return parse
 
 
-def real(least: float = -math.inf, most: float = math.inf, *, above: float | None = None) -> Callable[[str], float]:
-    """The type of an option that is a finite number from `least` to `most`, and above `above` where that is given."""
-    bounds = [f"above {above:g}"] if above is not None else [f"{least:g} or more"] if least > -math.inf else []
-    bounds += [f"at most {most:g}"] if most < math.inf else []
-    span = " and ".join(bounds) or "a finite number"
+def real(
+    least: float = -math.inf, most: float = math.inf, *, above: float = -math.inf, below: float = math.inf
+) -> Callable[[str], float]:
+    """The type of an option that is a finite number from `least` to `most`, above `above` and below `below`."""
+    words = {f"{least:g} or more": least, f"above {above:g}": above}
+    words |= {f"at most {most:g}": most, f"below {below:g}": below}
+    span = " and ".join(text for text, bound in words.items() if math.isfinite(bound)) or "a finite number"
 
     def parse(text: str) -> float:
         try:
             number = float(text)
         except ValueError:
             raise argparse.ArgumentTypeError(f"expected a number, not {text!r}") from None
-        inside = least <= number <= most and (above is None or number > above)
-        if not (math.isfinite(number) and inside):
+        if not (math.isfinite(number) and least <= number <= most and above < number < below):
             raise argparse.ArgumentTypeError(f"expected {span}, not {text}")
         return number
 
@@ -125,9 +130,13 @@ def choose_device(name: str | None) -> str:
     if not name:
         return next(kind for kind, usable in there.items() if usable)
     with explained(f"--device {name}"):
-        kind = torch.device(name).type
-    if not there.get(kind, True):
+        device = torch.device(name)
+    missing = device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()
+    if missing or not there.get(device.type, True):
         raise UserError(f"--device {name}: this machine has none; leave --device out to use what there is")
+    if device.type not in there:
+        with explained(f"--device {name}: nothing can be computed there"):
+            torch.ones(1, device=device).item()
     return name
 
 
@@ -138,7 +147,7 @@ def as_options(key: str, value: Any) -> list[str]:
         return [option]
     if isinstance(value, dict):
         value = [f"{name}={item}" for name, item in value.items()]
-    return [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"]
+    return [option, *map(str, value)] if isinstance(value, (list, tuple)) else [f"{option}={value}"]
 
 
 def yaml_options(path: str | Path, parser: Parser) -> list[str]:
@@ -157,7 +166,8 @@ def yaml_options(path: str | Path, parser: Parser) -> list[str]:
             close = difflib.get_close_matches(str(key), known, 1)
             raise UserError(f"{path}: unknown key {key!r}" + (f", did you mean {close[0]!r}?" if close else ""))
         if value is None:
-            parser.set_defaults(**{key: None})
+            if known[key] is not None and known[key] is not False and known[key] != "":
+                raise UserError(f"{path}: {key} has no value; leave the line out for the default ({known[key]})")
         elif value is not False or known[key] is not False:
             options += as_options(key, value)
     return options

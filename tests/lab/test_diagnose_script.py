@@ -76,8 +76,8 @@ def test_two_models_stand_in_one_table(runs: Path, tmp_path: Path, capsys: pytes
 def test_mistakes_are_one_line(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = ["--checkpoint", str(runs / "test_resnet"), *FAST, "--output", str(tmp_path / "out")]
     for argv, message in (
-        ([*one, "--tau", "-1"], "tau must be 0 or more"),
-        ([*one, "--images", "0"], "--images must be at least 1"),
+        ([*one, "--tau", "-1"], "argument --tau: expected 0 or more, not -1"),
+        ([*one, "--images", "0"], "argument --images: expected 1 or more, not 0"),
         ([*one, "--compare", "a", "b"], "leave out"),
         (["--compare", str(runs / "test_resnet"), str(tmp_path / "none"), *FAST], "no such file"),
         (FAST, "which model"),

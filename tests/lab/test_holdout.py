@@ -37,7 +37,12 @@ def test_the_seed_decides_which(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "message"), [("0", "between 0 and 1"), ("1.5", "between 0 and 1"), ("0.01", "leaves a split empty")]
+    ("share", "message"),
+    [
+        ("0", "expected above 0 and below 1, not 0"),
+        ("1.5", "expected above 0 and below 1, not 1.5"),
+        ("0.01", "leaves a split empty"),
+    ],
 )
 def test_a_share_that_leaves_a_split_empty_is_refused(
     tmp_path: Path, share: str, message: str, capsys: pytest.CaptureFixture[str]

@@ -89,5 +89,8 @@ def test_script_writes_two_models_on_one_scale(tmp_path: Path, capsys: pytest.Ca
     assert f"at the weights {float(rows[4]['loss']):.4f}" in capsys.readouterr().out
     with Image.open(out / "landscape.png") as picture:
         assert picture.width > 1000
-    for more, message in ((["--points", "4"], "--points must be odd"), (["--span", "0"], "--span must be positive")):
+    for more, message in (
+        (["--points", "4"], "--points must be odd"),
+        (["--span", "0"], "argument --span: expected above 0, not 0"),
+    ):
         assert message in error_line(script.main, [*argv, *more], capsys)

@@ -64,7 +64,7 @@ def test_a_run_writes_its_settings_and_every_epoch_and_repeats_itself(tmp_path: 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--depth", "0"], "--depth must be at least 1"),
+        (["--depth", "0"], "argument --depth: expected 1 or more, not 0"),
         (["--model-kwargs", "surrogate=nonsense"], "unknown surrogate 'nonsense'"),
         (["--activation", "gelu", "--model-kwargs", "alpha=1"], "--model-kwargs: "),
         (["--dataset", "mnist"], "invalid choice"),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+import os
 import random
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, IterableDataset
 
 from lab.cli import UserError
@@ -17,6 +20,7 @@ from lab.cli import UserError
 _logger = logging.getLogger(__name__)
 # Folder names that timm takes for each other when it looks for a split.
 _SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"), ("test",))
+_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")  # timm takes any other name for a folder
 
 
 class DataError(UserError):
@@ -26,10 +30,15 @@ class DataError(UserError):
 def open_dataset(name: str, root: str | None, split: str, *, skip_broken: bool = False, **options: Any) -> Dataset[Any]:
     """`timm.data.create_dataset(name, root, split, **options)`, checked.
 
-    Raises DataError for a folder that is missing, empty, has no such split or no class folders, and, when the image is
-    read, for one that can't be decoded; with `skip_broken` the next readable image takes its place, as in timm.
+    Raises DataError for a name that timm doesn't know, for a folder that is missing, empty, has no such split or no
+    class folders, and, when the image is read, for one that can't be decoded; with `skip_broken` the next readable
+    image takes its place, as in timm.
     """
-    if "/" not in name:
+    prefix, slash, _ = name.partition("/")
+    if name and not (slash and prefix.lower() in _PREFIXES):
+        kinds = ", ".join(f"{kind}/..." for kind in _PREFIXES)
+        raise DataError(f"--dataset {name}: expected {kinds}, or nothing for the folder of --data-dir")
+    if not name:
         _check_folder(root, split)
     try:
         dataset = create_dataset(name, root=root, split=split, **options)
@@ -53,6 +62,8 @@ def check_classes(train: Any, validation: Any, num_classes: int) -> None:
         if missing:
             listed = ", ".join(missing[:5]) + (" ..." if len(missing) > 5 else "")
             raise DataError(f"{len(missing)} of {len(names or ())} classes are missing in the {split} split: {listed}")
+    for dataset in (train, validation):
+        _check_class_folders(dataset)
     count = max((classes or other or {"": 0}).values()) + 1
     if count > num_classes:
         raise DataError(f"the data has {count} classes but the model has {num_classes} outputs: --num-classes {count}")
@@ -79,6 +90,33 @@ def _check_folder(root: str | None, split: str) -> None:
             raise DataError(f"data folder {root} has no split {split!r} (it has: {', '.join(others)})")
     if path.is_dir() and not any(split_folder(path, split).rglob("*.*")):
         raise DataError(f"data folder {split_folder(path, split)} is empty")
+
+
+def _check_class_folders(dataset: Any) -> None:
+    """Raises DataError for a class folder without images: timm would count the classes as if it weren't there."""
+    reader = getattr(dataset, "reader", None)
+    if not isinstance(reader, ReaderImageFolder):
+        return
+    for folder, below, _ in os.walk(reader.root, followlinks=True):
+        below[:] = [name for name in below if not name.startswith(".")]
+        if not below and folder != str(reader.root) and Path(folder).name not in reader.class_to_idx:
+            raise DataError(f"class folder {folder} has no images: add some, or remove it to train without the class")
+
+
+def read_image(stream: Any, mode: str) -> Image.Image:
+    """The image as `mode` (RGB or L); of 16 bits a channel the upper 8, as PIL itself reads 16-bit colour.
+
+    Raises ValueError for values whose range is unknown: PIL would clip them to 8 bits, most often to white.
+    """
+    image = Image.open(stream)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert(mode)
+    if image.mode in ("I", "F"):
+        values = np.asarray(image)
+        low, high = values.min(), values.max()
+        if not 0 <= low <= high <= 255:
+            raise ValueError(f"values from {low:g} to {high:g}: convert it to 8 or 16 bits a channel")
+    return image.convert(mode)
 
 
 class RandomPart(Dataset[Any]):
@@ -124,8 +162,8 @@ class _CheckedImages(Dataset[Any]):
             try:
                 stream, target, *_ = self.reader[i]
                 with closing(stream):
-                    image = Image.open(stream).convert(self.mode)
-            except (OSError, SyntaxError, ValueError) as error:  # PIL raises all three for broken files
+                    image = read_image(stream, self.mode)
+            except Exception as error:  # PIL's readers raise nearly anything for a broken file
                 name = self.reader.filename(i, absolute=True)
                 if not self.skip_broken:
                     raise DataError(f"can't read image {name} ({error}); remove it or --skip-broken-images") from error

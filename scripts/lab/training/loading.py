@@ -15,15 +15,18 @@ from timm.data import create_loader, resolve_data_config
 from timm.models import clean_state_dict, create_model, resolve_model_input_args
 from torch import nn
 
-from lab.cli import KeyValues, UserError, choose_device, explained, import_modules
+from lab.cli import KeyValues, Parser, UserError, as_options, choose_device, explained, import_modules
 from lab.training.data import RandomPart, check_classes, open_dataset
-from lab.training.runs import load_file
+from lab.training.groups import add_images, n
+from lab.training.options import check_channels
+from lab.training.runs import DAMAGE, load_file
 
 # What a training run says about its model and data, and its user needs to know.
 _INHERITED = (
     *("model", "model_kwargs", "num_classes", "gp", "in_chans", "input_size", "img_size", "crop_pct", "mean", "std"),
     *("interpolation", "data_dir", "dataset", "val_split", "class_map", "input_key", "target_key", "device_modules"),
 )
+_OPTION = {"val_split": "split"}  # what evaluation calls it
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -50,17 +53,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--input-key", metavar="KEY")
     add("--target-key", metavar="KEY")
     add("--skip-broken-images", action="store_true", help="take the next image for one that can't be read")
-    add("--num-classes", type=int, metavar="N")
+    add("--num-classes", **n(1))
     add("--gp", metavar="POOL", help="global pooling")
-    add("--img-size", type=int, metavar="N")
-    add("--in-chans", type=int, metavar="N")
-    add("--input-size", type=int, nargs=3, metavar="N")
-    add("--crop-pct", type=float, metavar="X")
-    add("--mean", type=float, nargs="+", metavar="X")
-    add("--std", type=float, nargs="+", metavar="X")
-    add("--interpolation", metavar="NAME")
-    add("-b", "--batch-size", type=int, default=256, metavar="N", help="(default: %(default)s)")
-    add("-j", "--workers", type=int, default=4, metavar="N", help="loader processes (default: %(default)s)")
+    add_images(add)
+    add("-b", "--batch-size", **n(1, default=256), help="(default: %(default)s)")
+    add("-j", "--workers", **n(0, default=4), help="loader processes (default: %(default)s)")
     add("--device", metavar="NAME", help="(default: the first of cuda, mps, cpu)")
     add("--device-modules", nargs="+", metavar="MODULE", help="modules to import first (default: those of the run)")
 
@@ -74,7 +71,7 @@ def add_compare(parser: argparse.ArgumentParser, images: int | None) -> None:
         help="two checkpoints or folders, instead of --model and --checkpoint",
     )
     default = f"default: {images}" if images else "default: all"
-    parser.add_argument("--images", type=int, default=images, metavar="N", help=f"a random part ({default})")
+    parser.add_argument("--images", **n(1, default=images), help=f"a random part ({default})")
 
 
 def find_file(path: Path) -> Path:
@@ -91,17 +88,38 @@ def find_file(path: Path) -> Path:
 
 def load_weights(path: Path, ema: bool) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """State dict, which weights these are, and the options of the training run as far as they are known."""
-    with explained(f"{path} is not a whole checkpoint"):
+    with explained(f"{path} is not a whole checkpoint", *DAMAGE):
         state: Any = safetensors.torch.load_file(path) if path.suffix == ".safetensors" else load_file(path)
     if not isinstance(state, dict):
         raise UserError(f"{path} holds a {type(state).__name__}, not a checkpoint")
-    settings = dict(vars(state["args"])) if isinstance(state.get("args"), argparse.Namespace) else {}
-    if not settings and (path.parent / "args.yaml").exists():
-        with explained(f"can't read {path.parent / 'args.yaml'}"):
-            settings = yaml.safe_load((path.parent / "args.yaml").read_text())
-    if ema and state.get("state_dict_ema") is not None:
-        return state["state_dict_ema"], f"{path} (EMA)", settings
-    return state.get("state_dict", state), str(path), settings
+    averaged = ema and state.get("state_dict_ema") is not None
+    weights = state["state_dict_ema"] if averaged else state.get("state_dict", state)
+    named = isinstance(weights, dict) and all(isinstance(name, str) for name in weights)
+    if not named or not all(isinstance(weight, torch.Tensor) for weight in weights.values()):
+        raise UserError(f"{path} holds something else than weights by their names")
+    return weights, f"{path} (EMA)" if averaged else str(path), settings_of(state, path.parent / "args.yaml")
+
+
+def settings_of(state: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The options of the training run, as its checkpoint or the file beside that has them; else none."""
+    if isinstance(state.get("args"), argparse.Namespace):
+        return dict(vars(state["args"]))
+    if not file.exists():
+        return {}
+    with explained(f"can't read {file}"):
+        settings = yaml.safe_load(file.read_text()) or {}
+    if not isinstance(settings, dict):
+        raise UserError(f"can't read {file}: expected 'option: value' lines")
+    return settings
+
+
+def check_inherited(args: argparse.Namespace) -> None:
+    """Exit with one line for settings, of a checkpoint or of the command line, that the options would not take."""
+    parser = Parser("settings of the checkpoint")
+    add_options(parser)
+    known = {name: getattr(args, name) for name in _INHERITED if getattr(args, name) not in (None, "", {})}
+    parser.parse_args([word for name, value in known.items() for word in as_options(_OPTION.get(name, name), value)])
+    check_channels(args)
 
 
 def load_model(args: argparse.Namespace) -> tuple[nn.Module, str]:
@@ -117,16 +135,17 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, str]:
         for name in _INHERITED:
             if getattr(args, name) in (None, "") and settings.get(name) not in (None, "", {}):
                 setattr(args, name, settings[name])
+    check_inherited(args)
     if not args.model:
         raise UserError("which model? Give --model NAME, or --checkpoint with a file or folder of scripts/train.py")
     import_modules(args.device_modules)
     options = {"num_classes": args.num_classes, "global_pool": args.gp, **(args.model_kwargs or {})}
-    with explained(f"can't create model {args.model}"):
+    with explained(f"can't create model {args.model}", *DAMAGE):
         kwargs = resolve_model_input_args(args.model, vars(args), **options)
         model = create_model(pretrained=weights is None, **kwargs)
     if weights is None:
         return model, f"published weights of {args.model}"
-    with explained(f"{source} doesn't fit model {args.model}"):
+    with explained(f"{source} doesn't fit model {args.model}", *DAMAGE):
         model.load_state_dict(clean_state_dict(weights))
     return model, source
 
@@ -138,7 +157,8 @@ def open_loader(
 
     `images` asks for a random part of so many, always the same. Raises DataError.
     """
-    config = resolve_data_config(vars(args), model=model, use_test_size=not args.checkpoint)
+    with explained(f"can't prepare images for model {args.model}"):
+        config = resolve_data_config(vars(args), model=model, use_test_size=not args.checkpoint)
     dataset: Any = open_dataset(
         args.dataset or "",
         args.data_dir,
@@ -164,8 +184,6 @@ def each_model(args: argparse.Namespace) -> Iterator[tuple[str, nn.Module, Any]]
 
     Raises UserError as `load_model` and `open_loader` do, and for options that contradict each other.
     """
-    if args.images is not None and args.images < 1:
-        raise UserError(f"--images must be at least 1, not {args.images}")
     if args.compare and (args.model or args.checkpoint):
         raise UserError("--compare names the models: leave out --model and --checkpoint")
     device = torch.device(choose_device(args.device))

@@ -5,19 +5,19 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import struct
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from lab.cli import UserError, explained
 from lab.files import read_rows, save_figure, write_atomically
-
-if TYPE_CHECKING:
-    pass
+from lab.training.seal import check_seal
 
 START = "start.csv"  # one row as of summary.csv, on the weights before training
 _LAST, _PARTIAL = "last.pth.tar", "tmp.pth.tar"  # as timm's CheckpointSaver names them
+DAMAGE = (AttributeError, IndexError, struct.error)  # what torch.load raises for a damaged file beside the usual
 
 
 def find_checkpoint(resume: Path | None) -> Path | None:
@@ -25,8 +25,9 @@ def find_checkpoint(resume: Path | None) -> Path | None:
     if resume is None or resume.is_file() or (resume / _LAST).exists():
         return resume / _LAST if resume and resume.is_dir() else resume
     # A kill between removing the old last.pth.tar and renaming the new one into place.
-    epochs = sorted(resume.glob("checkpoint-*.pth.tar"), key=lambda p: int(p.name[11:-8]), reverse=True)
-    for path in (resume / _PARTIAL, *epochs):
+    numbered = [path for path in resume.glob("checkpoint-*.pth.tar") if path.name[11:-8].isdecimal()]
+    newest_first = sorted(numbered, key=lambda path: int(path.name[11:-8]), reverse=True)
+    for path in (resume / _PARTIAL, *newest_first):
         try:
             read_checkpoint(path, None)
         except UserError:
@@ -42,25 +43,45 @@ def is_saved(folder: Path) -> bool:
 
 
 def load_file(path: Path) -> Any:
-    """What torch.save wrote, on the CPU; nothing in it is executed, but timm's options (a Namespace) are allowed."""
+    """What torch.save wrote, on the CPU; nothing in it is executed, but timm's options (a Namespace) are allowed.
+
+    Raises ValueError where the content differs from its SHA-256, and what torch.load raises.
+    """
     with torch.serialization.safe_globals([argparse.Namespace]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    check_seal(state)
+    return state
 
 
 def read_checkpoint(path: Path, model: str | None) -> dict[str, Any]:
     """A training checkpoint on the CPU. Raises UserError if it is damaged, something else, or of another model."""
-    with explained(f"{path} is not a whole checkpoint"):
+    with explained(f"{path} is not a whole checkpoint", *DAMAGE):
         state = load_file(path)
     if not isinstance(state, dict) or not {"state_dict", "optimizer", "epoch"} <= state.keys():
         raise UserError(f"{path} is not a training checkpoint (no optimizer state); use it as --initial-checkpoint")
-    if model and str(state.get("arch", model)).split(".")[0] != model.split(".")[0]:
+    kinds = {"state_dict": dict, "optimizer": dict, "epoch": int, "saver": dict, "arch": str}
+    odd = [name for name, kind in kinds.items() if not isinstance(state.get(name, kind()), kind)]
+    if odd or state["epoch"] < 0:
+        raise UserError(f"{path} is not a training checkpoint: its {', '.join(odd) or 'epoch'} can't be used")
+    if model and state.get("arch", model).split(".")[0] != model.split(".")[0]:
         raise UserError(f"{path} is a checkpoint of {state['arch']}, not of {model}")
     return state
 
 
 def read_summary(folder: Path, epochs: int) -> list[dict[str, Any]]:
-    """The rows of summary.csv of the first `epochs` epochs, none if there is no such file."""
-    return [row for row in read_rows(folder / "summary.csv") if int(row["epoch"]) < epochs]
+    """The rows of summary.csv of the first `epochs` epochs, none if there is no such file.
+
+    Raises UserError for one that is damaged.
+    """
+    rows: list[dict[str, Any]] = []
+    with explained(f"{folder / 'summary.csv'} is damaged; mend or remove it", csv.Error):
+        for row in read_rows(folder / "summary.csv"):
+            if None in row or None in row.values():
+                raise ValueError(f"line {len(rows) + 2} has not as many columns as the first")
+            for number in row.values():
+                float(number or 0)
+            rows.append(row)
+        return [row for row in rows if int(row["epoch"]) < epochs]
 
 
 def write_summary(folder: Path, rows: list[dict[str, Any]]) -> None:

@@ -1,0 +1,110 @@
+"""The folder of a training run, which one process at a time writes."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from lab.cli import UserError, explained
+from lab.files import write_atomically, write_rows
+from lab.training.options import folder_of
+from lab.training.runs import START, plot_curves, read_summary, write_summary
+from lab.training.seal import SealedSaver
+
+LOCK = ".lock"  # stays in the folder
+_LEFT_BY_A_KILL = (LOCK, "tmp-args.yaml")  # before the run began
+_PATIENCE = 8  # seconds, in which the loader processes of a killed run end, that an old filelock lets hold the lock
+
+
+class RunFolder:
+    """The files of a run. `resumed` says whether the run goes on in the folder that it was in."""
+
+    def __init__(self, path: Path, resume: Path | None) -> None:
+        """Lock the folder of a run that goes on; raises UserError if another process trains in it."""
+        self.path, self.resume, self.rows = path, resume, list[dict[str, Any]]()
+        self.resumed = resume is not None and folder_of(resume).resolve() == path.resolve()
+        self.lock = FileLock(path / LOCK)
+        self.saver: Any = None
+        if self.resumed:
+            self.acquire()
+
+    def acquire(self) -> None:
+        """Make the folder, if need be, and keep other processes out of it."""
+        with explained(f"can't write to output folder {self.path}"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            try:
+                self.lock.acquire(timeout=_PATIENCE)
+            except Timeout:
+                raise UserError(f"another process trains in {self.path}: wait for it or end it") from None
+
+    def check_unused(self) -> None:
+        """Raises UserError if there are files of another run."""
+        used = self.path.is_dir() and any(path.name not in _LEFT_BY_A_KILL for path in self.path.iterdir())
+        if used or self.path.is_file():
+            raise UserError(
+                f"output folder {self.path} exists: choose another --experiment or continue it with --resume"
+            )
+
+    def open(self, args: argparse.Namespace, start: int) -> None:
+        """Write the settings; read the summary of the epochs before `start`."""
+        if not self.resumed:
+            self.check_unused()
+            self.acquire()
+            self.check_unused()  # by a process that was faster
+        with explained(f"can't write to output folder {self.path}"):
+            write_atomically(self.path / "args.yaml", yaml.safe_dump(args.given, default_flow_style=False))
+        self.rows = read_summary(self.path, start) if self.resumed else []
+        if self.resume and not self.resumed:
+            self.log(f"fork: {self.resume} goes on in {self.path}")
+
+    def keep(self, saver: SealedSaver, start: int, history: dict[str, Any]) -> None:
+        """Save with `saver` from now on; finish the save that a kill may have cut short."""
+        self.saver = saver
+        if start:
+            with self.saving():
+                saver.load_state_dict({**history, "pending": (None, None)})
+                saver.save_checkpoint(start - 1, history.get("pending", (None, None))[1])
+                plot_curves(self.path, self.rows)
+
+    def save(self, epoch: int, row: dict[str, Any], metric: float) -> None:
+        """Summary first, checkpoint second: a kill in between leaves a row that the resumed run replaces."""
+        self.rows.append(row)
+        with self.saving():
+            write_summary(self.path, self.rows)
+            self.saver.save_checkpoint(epoch, metric)
+            plot_curves(self.path, self.rows)
+
+    def save_start(self, row: dict[str, Any]) -> None:
+        """What the weights do before training, as start.csv."""
+        with self.saving():
+            write_rows(self.path / START, [row], list(row))
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Where a full disk ends the run with a line, leaving the checkpoint before this one."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
+            for path in self.path.glob("*tmp*"):
+                path.unlink()
+            reason = " ".join(str(error).split())
+            raise UserError(f"can't save to {self.path} ({reason}); make room, then {self.resume_command}") from error
+
+    def log(self, line: str) -> None:
+        """Print a line, and add it to train.log."""
+        print(line, flush=True)
+        with self.saving(), open(self.path / "train.log", "a") as file:
+            file.write(line + "\n")
+
+    @property
+    def resume_command(self) -> str:
+        """What a user types to go on."""
+        return f"continue with: python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(self.path))}"
