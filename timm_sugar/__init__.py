@@ -4,7 +4,7 @@ Importing this package registers a `<name>_sugar` model in timm for every timm a
 """
 
 from timm_sugar import models
-from timm_sugar.activation import SUGAR, relu_gradient, sugar
+from timm_sugar.activation import SUGAR, relu_gradient, sugar, warm_up
 from timm_sugar.diagnostics import diagnose, track_activations
 from timm_sugar.models import list_sugar_models as list_models
 from timm_sugar.surgery import list_activations, replace_activations, sugarize, sugarized, to_relu
@@ -29,4 +29,5 @@ __all__ = [
     "sugarized",
     "to_relu",
     "track_activations",
+    "warm_up",
 ]

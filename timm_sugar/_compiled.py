@@ -1,31 +1,57 @@
-"""A surrogate's gradient as one loop over memory, compiled by inductor for eager mode.
+"""A surrogate's gradient as one loop over memory, which inductor compiles for any of its devices, for eager mode.
 
-Inductor keeps what it compiled on disk, under a hash of the traced formula itself, so the next process is ready within
-a second or two and never meets the gradient of an older formula.
+The formula alone is up to 14 kernels, with float32 temporaries for half precision. One compiled kernel serves every
+value of the parameters, which it gets at run time, and every size. Inductor keeps it on disk, under a hash of the
+traced formula itself, so the next process is ready within a second or two and never meets an older formula. Where there
+is no compiler, or it computes something else than the formula, the formula runs.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from timm_sugar import _torch
-from timm_sugar.surrogate import surrogate_derivative
+from timm_sugar.surrogate import Formula, get_surrogate, surrogate_derivative
 
-_CHUNK = 1 << 17  # elements; the intermediate results of a formula for so many of them stay in a core's cache
-_WORTHWHILE = 1 << 14  # elements, from which on a compiled gradient is faster than the formula if it is there already
+_CHUNK = 1 << 17  # elements, from which on a CPU's gradient is compiled; so many intermediate results stay in its cache
+_WORTHWHILE = 1 << 14  # elements, from which on a compiled gradient is faster on a CPU if it is there already
+_DEVICES = ("cpu", "cuda", "xpu", "mps")  # ROCm calls itself cuda
+_INDEXABLE = 2**31  # elements; indices in compiled code have 32 bits
+_MOST_BAKED = 8  # kernels that hold the values of their parameters, for each formula
+_HALF = (torch.float16, torch.bfloat16)
 _logger = logging.getLogger(__name__)
-_state = {"announced": False, "usable": True}
 
 Gradient = Callable[[Tensor, Tensor], Tensor]
 
-_gradients: dict[tuple[str, tuple[float, ...], torch.dtype], Gradient | None] = {}
-_lock = threading.Lock()  # the compiler is not made for several threads
+
+class Kind(NamedTuple):
+    """What a kernel is made for. `formula` is the fingerprint, `width` the number of elements in a row."""
+
+    surrogate: str
+    formula: str
+    dtype: torch.dtype
+    device: torch.device  # with its index, which compiled code holds
+    width: int
+
+    @classmethod
+    def of(cls, x: Tensor, surrogate: str) -> Kind:
+        """The kind of kernel for a dense tensor: on a GPU, loads are vectorised in rows of 16 elements alone."""
+        width = 1 if x.is_cpu or x.numel() % 16 else 16
+        return cls(surrogate, get_surrogate(surrogate).formula, x.dtype, x.device, width)
+
+
+Kernel = Callable[..., tuple[Tensor]]
+# With None, the parameters are arguments; with values, these are in the code. None: it can't be made.
+_kernels: dict[tuple[Kind, tuple[float, ...] | None], Kernel | None] = {}
+_off: set[Kind] = set()  # the formula does without; a line said why
+_lock = threading.RLock()  # the compiler is not made for several threads
 
 
 def times_derivative(direction: Tensor, x: Tensor, surrogate: str, values: list[float]) -> Tensor:
@@ -33,36 +59,59 @@ def times_derivative(direction: Tensor, x: Tensor, surrogate: str, values: list[
 
     x and direction: one shape. Differentiable once more; any layout, device, wrapper or transform.
     """
-    if x.numel() > _WORTHWHILE:
-        least = _WORTHWHILE if is_compiled(surrogate, tuple(values), x.dtype) else _CHUNK
-        if x.numel() > least and _is_plain(x, direction):
-            return _large_gradient(direction, x, surrogate, values)
+    if x.numel() > _used_from(x) and _is_plain(x, direction):
+        kind = Kind.of(x, surrogate)
+        if x.numel() > _compiled_from(x) or is_compiled(kind, values):
+            return _fused(direction, x, kind, values)
     return (direction * surrogate_derivative(x, surrogate, values)).to(direction.dtype)
 
 
 def prepare(x: Tensor, surrogate: str, values: list[float]) -> None:
     """Compile in the forward pass what `times_derivative` will want for x, so that all backward passes are alike."""
-    if x.numel() > _CHUNK and x.is_cpu:
-        compiled_gradient(surrogate, tuple(values), x.dtype)
+    if x.numel() > _compiled_from(x) and x.device.type in _DEVICES and not _torch.in_dispatch_mode():
+        compiled_gradient(Kind.of(x, surrogate), values)
+
+
+def prepare_all(settings: Iterable[tuple[str, list[float]]], dtype: torch.dtype, device: torch.device) -> None:
+    """Compile what `times_derivative` will want for surrogates with their values, for tensors of any size."""
+    for surrogate, values in settings:
+        for size in (16, 1):  # each has its kind of kernel
+            compiled_gradient(Kind.of(torch.empty(size, dtype=dtype, device=device), surrogate), values)
+
+
+def _compiled_from(x: Tensor) -> int:
+    return _CHUNK if x.is_cpu else _WORTHWHILE
+
+
+def _used_from(x: Tensor) -> int:
+    return _WORTHWHILE if x.is_cpu else 0  # a GPU waits for each launch, whatever the size
 
 
 def _is_plain(x: Tensor, direction: Tensor) -> bool:
-    """Whether two tensors are ordinary ones in a CPU's memory, laid out alike without gaps, that nothing records."""
+    """Whether two tensors are ordinary ones in the memory of one device, x without gaps, that nothing records."""
     return (
         _torch.is_ordinary_memory(x, direction)
-        and (x.dtype, x.shape, x.stride()) == (direction.dtype, direction.shape, direction.stride())
+        and (x.dtype, x.shape, x.device) == (direction.dtype, direction.shape, direction.device)
+        and x.device.type in _DEVICES
+        and x.numel() < _INDEXABLE
         and torch.ops.aten.is_non_overlapping_and_dense.default(x)
         and not torch.is_grad_enabled()
     )
 
 
-def _large_gradient(direction: Tensor, x: Tensor, surrogate: str, values: list[float]) -> Tensor:
-    """direction * derivative in one pass over memory, by a compiled loop if there is one."""
-    flat_x, flat_direction = (tensor.as_strided((x.numel(),), (1,)) for tensor in (x, direction))
-    compiled = None if _torch.in_dispatch_mode() else compiled_gradient(surrogate, tuple(values), x.dtype)
-    if compiled is None:
-        return _in_chunks(flat_direction, flat_x, surrogate, values).as_strided(x.shape, x.stride())
-    return compiled(flat_direction, flat_x).as_strided(x.shape, x.stride())
+def _fused(direction: Tensor, x: Tensor, kind: Kind, values: list[float]) -> Tensor:
+    """direction * derivative in one pass over memory, by a compiled kernel if there is one."""
+    kernel = None if _torch.in_dispatch_mode() else compiled_gradient(kind, values)
+    if kernel is None and not x.is_cpu:
+        return (direction * surrogate_derivative(x, kind.surrogate, values)).to(direction.dtype)
+    if direction.stride() != x.stride():
+        direction = torch.empty_like(x).copy_(direction)
+    if kernel is None:
+        flat_x, flat_direction = (tensor.as_strided((x.numel(),), (1,)) for tensor in (x, direction))
+        return _in_chunks(flat_direction, flat_x, kind.surrogate, values).as_strided(x.shape, x.stride())
+    rows = (x.numel() // kind.width, kind.width)
+    matrices = (tensor.as_strided(rows, (kind.width, 1)) for tensor in (direction, x))
+    return kernel(*matrices).as_strided(x.shape, x.stride())
 
 
 def _in_chunks(direction: Tensor, x: Tensor, surrogate: str, values: list[float]) -> Tensor:
@@ -74,56 +123,126 @@ def _in_chunks(direction: Tensor, x: Tensor, surrogate: str, values: list[float]
     return result
 
 
-def is_compiled(surrogate: str, values: tuple[float, ...], dtype: torch.dtype) -> bool:
+def is_compiled(kind: Kind, values: list[float]) -> bool:
     """Whether `compiled_gradient` was asked for this one before, and made it."""
-    return _gradients.get((surrogate, values, dtype)) is not None
+    return _kernels.get((kind, None)) is not None or _kernels.get((kind, tuple(values))) is not None
 
 
-def compiled_gradient(surrogate: str, values: tuple[float, ...], dtype: torch.dtype) -> Gradient | None:
-    """A function of (direction, x), two dense one-dimensional CPU tensors of a dtype, that returns their
-    direction * derivative, rounded once; None where inductor can't compile it, or torch.compile is switched off.
+def compiled_gradient(kind: Kind, values: list[float]) -> Gradient | None:
+    """A function of (direction, x), two matrices of dense rows, that returns direction * derivative, rounded once.
 
-    The first call in a process takes a second or two, and up to some 15 if the cache on disk is empty: a line says so.
+    None where inductor can't compile it, torch.compile is switched off, or a CUDA graph is being captured. The first
+    call in a process takes a second or two, and up to some 15 if the cache on disk is empty: a line says so.
     """
-    key = surrogate, values, dtype
-    if key not in _gradients:
-        with _lock:
-            if key not in _gradients:
-                _gradients[key] = _try_to_compile(*key)
-    return _gradients[key]
-
-
-def _try_to_compile(surrogate: str, values: tuple[float, ...], dtype: torch.dtype) -> Gradient | None:
-    if not _state["usable"]:
-        return None
-    try:
-        if torch._dynamo.config.disable:  # TORCH_COMPILE_DISABLE=1
+    for baked in (None, tuple(values)) if values else (None,):
+        if kind in _off or not ((kind, baked) in _kernels or _make(kind, values, baked)):
             return None
-        if not _state["announced"]:
-            _state["announced"] = True
-            _logger.warning(
-                "compiling the gradient of SUGAR: some seconds, once (TORCH_COMPILE_DISABLE=1 does without)"
-            )
-        with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            return compile_loop(lambda x: surrogate_derivative(x, surrogate, list(values)), dtype)
-    except Exception as error:  # whatever is wrong with a compiler, its cache or its headers: it only costs speed
-        _state["usable"] = False
-        reason = next(iter(str(error).splitlines()), "")
-        _logger.warning("the gradient of SUGAR is not compiled, so slower: %s: %.150s", type(error).__name__, reason)
+        if kernel := _kernels[kind, baked]:
+            return functools.partial(_call, kernel, _scalars(tuple(values), kind.dtype) if baked is None else ())
+    return None
+
+
+def _call(kernel: Kernel, scalars: tuple[Tensor, ...], direction: Tensor, x: Tensor) -> Tensor:
+    return kernel(direction, x, *scalars)[0]
+
+
+def _scalar_type(dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype == torch.float64 else torch.float32  # MPS and some GPUs have no float64
+
+
+@functools.lru_cache(1024)  # a new tensor takes as long as a small gradient
+def _scalars(values: tuple[float, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    return tuple(torch.tensor(value, dtype=_scalar_type(dtype), device="cpu") for value in values)
+
+
+@functools.cache
+def _say_once(line: str, *arguments: object) -> None:
+    _logger.warning(line, *arguments)
+
+
+def _make(kind: Kind, values: list[float], baked: tuple[float, ...] | None) -> bool:
+    """Try to add a kernel to `_kernels`; returns False if it is not there and may be later."""
+    if kind.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return False  # what compiles also measures and compares
+    with _lock:
+        if (kind, baked) in _kernels:
+            return True
+        if baked is not None and sum(of == kind and held is not None for of, held in _kernels) >= _MOST_BAKED:
+            return False
+        try:
+            with torch.no_grad(), torch.autocast(kind.device.type, enabled=False), torch.device("cpu"):
+                _kernels[kind, baked] = _compile_and_check(kind, values, baked)
+        except Exception as error:  # whatever is wrong with a compiler, its cache or its headers: it only costs speed
+            _kernels[kind, baked] = None
+            _off.add(kind)
+            reason = next(iter(str(error).splitlines()), "")
+            _say_once("the gradient of SUGAR is not compiled, so slower: %s: %.150s", type(error).__name__, reason)
+    return True
+
+
+def _compile_and_check(kind: Kind, values: list[float], baked: tuple[float, ...] | None) -> Kernel | None:
+    """A kernel that computes the formula; None where it can't have its parameters as arguments."""
+    if not _torch.compiles():
+        _off.add(kind)
         return None
+    _say_once("compiling the gradient of SUGAR: some seconds, once (TORCH_COMPILE_DISABLE=1 does without)")
+    arguments = kind.dtype, kind.device, kind.width, len(values), baked
+    try:
+        graph, examples = trace_gradient(get_surrogate(kind.surrogate).derivative, *arguments)
+    except Exception:
+        if baked is None and values:  # the formula asks for a number, as math.sqrt(alpha) does
+            return None
+        raise
+    kernel: Kernel = _torch.compile_graph(graph, examples)
+    if _agrees(kernel, kind, values, baked):
+        return kernel
+    if baked is None and values:
+        return None
+    raise RuntimeError(f"what was compiled is not the derivative of {kind.surrogate}")
 
 
-def compile_loop(factor: Callable[[Tensor], Tensor], dtype: torch.dtype) -> Gradient:
-    """direction * factor(x) as one loop. `factor`: elementwise torch operations. Raises what a compiler may raise."""
-    from torch._inductor import standalone_compile  # takes a second
-    from torch.fx.experimental.proxy_tensor import make_fx
+def trace_gradient(
+    formula: Formula,
+    dtype: torch.dtype,
+    device: torch.device,
+    width: int = 1,
+    parameters: int = 0,
+    baked: tuple[float, ...] | None = None,
+) -> tuple[Any, list[Tensor]]:
+    """Trace (direction, x, *parameters) -> (direction * formula(x, *parameters),).
+
+    direction, x: (any number of rows, width); parameters: 0-dim CPU tensors, or none if `baked` has their values.
+
+    Returns:
+        The graph as inductor takes it, and examples of its arguments.
+    """
 
     # A tuple, as of every graph of inductor's. No annotations: torch can't make a key for its cache of a tuple's.
-    def gradient(direction, x):  # type: ignore[no-untyped-def]
-        return ((direction * factor(x)).to(dtype),)
+    def gradient(direction, x, *scalars):  # type: ignore[no-untyped-def]
+        numbers = [scalar.item() for scalar in scalars] if baked is None else baked
+        return ((direction * formula(x.float() if dtype in _HALF else x, *numbers)).to(dtype),)
 
-    examples: list[Any] = [torch.zeros(2**20, dtype=dtype), torch.zeros(2**20, dtype=dtype)]
-    graph = make_fx(gradient, tracing_mode="symbolic")(*examples)
-    options = {"config_patches": {"cpp.dynamic_threads": True}}  # set_num_threads holds for it, too
-    kernel = standalone_compile(graph, examples, options=options)
-    return lambda direction, x: kernel(direction, x)[0]
+    count = parameters if baked is None else 0
+    examples = _torch.fake_rows(dtype, device, width, _scalar_type(dtype), count)
+    return _torch.trace(gradient, examples), examples
+
+
+def compile_gradient(formula: Formula, dtype: torch.dtype, device: torch.device) -> Gradient:
+    """Compile direction * formula(x), for two tensors (any number of rows, 1). Raises what a compiler may raise."""
+    return functools.partial(_call, _torch.compile_graph(*trace_gradient(formula, dtype, device)), ())
+
+
+def _agrees(kernel: Kernel, kind: Kind, values: list[float], baked: tuple[float, ...] | None) -> bool:
+    """Whether a kernel computes the formula, also at infinities and NaN: a compiler's mistake may cost speed only."""
+    points = [*torch.linspace(-12, 12, 64 * 16 - 5).tolist(), *map(float, ("inf", "-inf", "nan", "6e4", "-6e4"))]
+    x = torch.tensor(points, dtype=kind.dtype, device=kind.device).view(-1, kind.width)
+    half = torch.full_like(x, 0.5)
+    for factor in (1.0,) if baked is not None else (1.0, 0.6, 2.5):
+        scaled = [factor * value for value in values]
+        scalars = () if baked is not None else _scalars(tuple(scaled), kind.dtype)
+        expected = surrogate_derivative(x, kind.surrogate, scaled)
+        found = 2 * _call(kernel, scalars, half, x).to(expected.dtype)
+        rounding = {"rtol": 8 * torch.finfo(kind.dtype).eps, "atol": 64 * torch.finfo(expected.dtype).eps}
+        if not torch.allclose(found, expected, **rounding, equal_nan=True):
+            return False
+    return True

@@ -60,7 +60,7 @@ _mode_keys = _find("_C._TorchDispatchModeKey", "ReLU itself in compiled graphs")
 _tracing_context = _find("_guards.TracingContext.try_get", "ReLU itself in compiled graphs")
 # torch 1.12 to 2.14. Without it, gradients are computed by the formula, whatever the size of a tensor.
 _dispatch_keys = _find("_C._dispatch_keys", "the fast gradient of large tensors")
-_PLAIN_KEYS = _dispatch_keys and _dispatch_keys(torch.empty(0, device="cpu")).raw_repr()
+_plain_keys: dict[str, int] = {}  # those of an ordinary tensor, by type of device
 # torch 2.1 to 2.14. Without it, compiled autograd refuses what a traced graph recorded.
 compiled_autograd_key: Any = _find("autograd.Function._compiled_autograd_key", "compiled autograd of recorded graphs")
 # torch 2.7 to 2.14, public. Without it, torch.export(strict=True) records a checkpoint around the operator.
@@ -147,8 +147,54 @@ def one_level_down(grad_mode: bool) -> Iterator[None]:
 
 
 def is_ordinary_memory(*tensors: Tensor) -> bool:
-    """Whether tensors are ordinary ones in a CPU's memory: what traces, batches or wraps them shows in these keys."""
-    return _dispatch_keys is not None and all(_dispatch_keys(x).raw_repr() == _PLAIN_KEYS for x in tensors)
+    """Whether tensors are ordinary ones of a type of device: what traces, batches or wraps them shows in their keys."""
+    if _dispatch_keys is None:
+        return False
+    kind = tensors[0].device.type
+    if kind not in _plain_keys:
+        if kind == "meta" or in_dispatch_mode() or in_transform():  # in which a new tensor isn't an ordinary one
+            return False
+        _plain_keys[kind] = _dispatch_keys(torch.empty(0, device=kind)).raw_repr()
+    return all(_dispatch_keys(x).raw_repr() == _plain_keys[kind] for x in tensors)
+
+
+def compiles() -> bool:
+    """Whether inductor may compile here: there is one that does it outside of torch.compile, and it is switched on."""
+    from torch import _inductor  # takes a second
+
+    # torch 2.8 to 2.14; TORCH_COMPILE_DISABLE=1
+    return hasattr(_inductor, "standalone_compile") and not torch._dynamo.config.disable
+
+
+def fake_rows(dtype: torch.dtype, device: torch.device, width: int, scalar: torch.dtype, scalars: int) -> list[Tensor]:
+    """Examples for `trace` that take no memory: two matrices (rows, width) on a device, and 0-dim tensors on the CPU.
+
+    `rows` is any number: nothing that is compiled for them is bound to one.
+    """
+    from torch._dynamo.source import ConstantSource
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+    env, source, likely = ShapeEnv(), ConstantSource("rows"), 2**16
+    rows: Any = env.create_symintnode(env.create_symbol(likely, source, DimDynamic.DYNAMIC), hint=likely, source=source)
+    with FakeTensorMode(shape_env=env):
+        large = [torch.empty((rows, width), dtype=dtype, device=device) for _ in range(2)]
+        return [*large, *(torch.empty((), dtype=scalar, device="cpu") for _ in range(scalars))]
+
+
+def trace(function: Any, examples: list[Tensor]) -> Any:
+    """The graph of a function of tensors of any size, as inductor takes it."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    return make_fx(function, tracing_mode="symbolic")(*examples)
+
+
+def compile_graph(graph: Any, examples: list[Any]) -> Any:
+    """A graph as compiled code, which is kept on disk under a hash of the graph. Raises what a compiler may raise."""
+    from torch._inductor import standalone_compile
+
+    options = {"config_patches": {"cpp.dynamic_threads": True}}  # torch.set_num_threads holds for it, too
+    return standalone_compile(graph, examples, options=options)
 
 
 def in_dispatch_mode() -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_sugar import _torch
+from timm_sugar._compiled import prepare_all
 from timm_sugar._operator import apply, uses_relu_gradient
 from timm_sugar._saved_tensors import find_call, remember_value, share_saved, unshare_within
 from timm_sugar.surrogate import Surrogate, get_surrogate
@@ -174,3 +175,39 @@ class FunctionalSUGAR(SUGAR):
         if not torch.jit.is_scripting():  # TorchScript knows no super()
             return super().forward(input)
         return apply(input, self.surrogate, self.values, self.formula)
+
+
+def warm_up(model: nn.Module, device: Any = None, dtype: torch.dtype | None = None) -> Any:
+    """Compile now the gradients that a model's SUGAR modules need; otherwise the first step of training does.
+
+    Takes a second or two for each surrogate, and up to some 15 where PyTorch's compiler keeps nothing on disk yet.
+
+    Args:
+        model: with SUGAR in it.
+        device: where it is trained; that of its weights if None.
+        dtype: of its activations; autocast's if None and this is called inside of it, else that of the weights.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: if it is no module, or the data type has no gradients.
+        ValueError: if there is no SUGAR in it.
+
+    Example:
+        >>> with torch.autocast("cuda", torch.bfloat16):
+        ...     timm_sugar.warm_up(model)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"warm_up() needs an nn.Module, not {type(model).__name__}")
+    modules = [module for module in model.modules() if isinstance(module, SUGAR)]
+    if not modules:
+        raise ValueError(f"there is no SUGAR module in {type(model).__name__} to warm up")
+    weight = next((weight for weight in model.parameters() if weight.is_floating_point()), torch.empty(0))
+    at = weight.device if device is None else torch.device(device)
+    if dtype is None:
+        dtype = torch.get_autocast_dtype(at.type) if torch.is_autocast_enabled(at.type) else weight.dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"warm_up() needs a real floating-point type, not {dtype}")
+    prepare_all(((module.surrogate, module.values) for module in modules), dtype, at)
+    return model

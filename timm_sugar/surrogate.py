@@ -260,7 +260,8 @@ def _nelu_derivative(x: Tensor, alpha: float) -> Tensor:
     """1 for x > 0, else 2 α x / (1 + x²)²."""
     negative = x.clamp(min=-(torch.finfo(x.dtype).max ** 0.5) / 2, max=0)  # so that x² is finite, also for -inf
     t = 1 / (1 + negative * negative)
-    return torch.sign(x).clamp(min=0) + 2 * alpha * (negative * t) * t  # torch.where takes 20 times as long on a CPU
+    step = torch.sign(x).clamp(min=0)  # torch.where takes 20 times as long on a CPU
+    return torch.addcmul(step, alpha * (negative * t), t, value=2)  # 2 * alpha would be float64 in a compiled kernel
 
 
 def _elu_derivative(x: Tensor, alpha: float) -> Tensor:

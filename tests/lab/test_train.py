@@ -51,7 +51,7 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an uninterrupted run."""
     out = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "_gradients", {})
+        patch.setattr(compiled, "_kernels", {})
         assert train.main(options(data, out)) == 0
     return out / "run"
 
@@ -59,7 +59,7 @@ def finished(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def no_gradient_is_compiled_yet(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a new process: which gradients are compiled decides on the last bit of those that are not large."""
-    monkeypatch.setattr(compiled, "_gradients", {})
+    monkeypatch.setattr(compiled, "_kernels", {})
 
 
 def equal(a: Any, b: Any) -> bool:

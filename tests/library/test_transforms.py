@@ -15,7 +15,7 @@ from fgi import SETTINGS, injected, slope
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from timm_sugar import SUGAR, _compiled, sugar
+from timm_sugar import SUGAR, _compiled, _torch, sugar
 
 func = torch.func
 NAMES = sorted(SETTINGS)
@@ -365,17 +365,17 @@ def test_threads_that_meet_their_first_large_activation_at_once(monkeypatch: pyt
     """Each of them compiles, or waits for the one that does; the compiler is not made for two at a time."""
     running, most, made = 0, 0, []
 
-    def compile_loop(factor: Any, dtype: torch.dtype) -> Any:
+    def compile_graph(graph: Any, examples: list[Tensor]) -> Any:
         nonlocal running, most
         running += 1
         most = max(most, running)
         threading.Event().wait(0.05)
         running -= 1
-        made.append(dtype)
-        return lambda direction, x: direction * factor(x)
+        made.append(examples[0].dtype)
+        return graph
 
-    monkeypatch.setattr(_compiled, "compile_loop", compile_loop)
-    monkeypatch.setattr(_compiled, "_gradients", {})
+    monkeypatch.setattr(_torch, "compile_graph", compile_graph)
+    monkeypatch.setattr(_compiled, "_kernels", {})
     monkeypatch.setattr(_compiled, "_CHUNK", 7)
     monkeypatch.setattr(_compiled, "_WORTHWHILE", 7)
     start, grads = threading.Barrier(8), {}

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lab.bench.timing import kept_bytes, most_bytes, peak_bytes
 from lab.bench.variants import make_model
-from timm_sugar._compiled import compile_loop
+from timm_sugar._compiled import compile_gradient
 from timm_sugar.activation import SUGAR
 from timm_sugar.surrogate import surrogate_derivative
 
@@ -46,9 +46,11 @@ def backward_loops(x: Tensor, upstream: Tensor, sugar: SUGAR) -> dict[str, Calla
         "relu": lambda: torch.ops.aten.threshold_backward.default(upstream, x, 0),
         "gelu": lambda: torch.ops.aten.gelu_backward.default(upstream, x),
     }
+    matrices = upstream.view(-1, 1), x.view(-1, 1)
     with torch.no_grad():
         loops = {
-            name: functools.partial(compile_loop(factor, x.dtype), upstream, x) for name, factor in factors.items()
+            name: functools.partial(compile_gradient(factor, x.dtype, x.device), *matrices)
+            for name, factor in factors.items()
         }
     return aten | loops
 
