@@ -1,6 +1,6 @@
 """Random programs of some 40 operations against FGI in float64, in four ways of going backward.
 
-`TIMM_SUGAR_PROGRAMS=50000` runs so many of them.
+`make test` runs 300 of them and `make test-all` 2,000; `TIMM_SUGAR_PROGRAMS=50000 make test-all` runs so many.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from timm_sugar import _saved_tensors, sugar
 
-COUNT = int(os.environ.get("TIMM_SUGAR_PROGRAMS", "300"))
+FEW, MANY = 300, int(os.environ.get("TIMM_SUGAR_PROGRAMS", "2000"))
 LENGTH = 40
 # Not those with a jump or a kink: near it the two differ by rounding.
 SETTINGS = {name: ALL[name] for name in ("bsilu", "gelu", "silu", "mish")}
@@ -122,11 +122,12 @@ def leaves(seed: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("seeds", [range(FEW), pytest.param(range(FEW, MANY), marks=pytest.mark.slow)], ids=len)
 def test_random_programs_have_the_gradients_of_forward_gradient_injection(
-    mode: Callable[[Tensor, list[Tensor]], list[Tensor]], monkeypatch: pytest.MonkeyPatch
+    seeds: range, mode: Callable[[Tensor, list[Tensor]], list[Tensor]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_saved_tensors, "_LEAST", 0)
-    for seed in range(MODES.index(mode), COUNT, len(MODES)):
+    for seed in seeds[MODES.index(mode) :: len(MODES)]:
         results = []
         for act in (ours, theirs):
             inputs = leaves(seed)
