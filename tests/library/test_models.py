@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -11,6 +12,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -526,3 +528,15 @@ for name in ("resnet18_sugar", "resnet18_sugar.tv_in1k"):
         torch.manual_seed(seed)
         expected.append(timm.create_model("resnet18").conv1.weight.detach().numpy().tobytes())
     assert printed.split() == [hashlib.sha256(weight).hexdigest() for weight in expected]
+
+
+@pytest.mark.parametrize("make", [SUGAR, partial(SUGAR, surrogate="nelu", alpha=0.3)])
+def test_a_model_takes_sugar_as_its_act_layer(make: Any) -> None:
+    model = build("test_resnet", act_layer=make, num_classes=3).double().eval()
+    settings = {} if make is SUGAR else {"surrogate": "nelu", "alpha": 0.3}
+    oracle = inject(copy.deepcopy(model), (SUGAR,), **settings)
+    x = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    for network in (model, oracle):
+        network(x).square().sum().backward()
+    for ours, theirs in zip(model.parameters(), oracle.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)

@@ -1,7 +1,7 @@
 """Measurements that noise does little to: interleaved repeats, medians and quartiles, ratios within one run.
 
 Everything is a ratio of variants that were measured in turn in the same process, so that whatever else the machine
-does meets all of them alike.
+does meets all of them alike. (torch.utils.benchmark measures one variant after the other.)
 """
 
 from __future__ import annotations
