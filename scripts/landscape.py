@@ -57,7 +57,8 @@ def draw(losses: dict[str, torch.Tensor], steps: list[float], path: Path) -> Non
     """Contours side by side, with the same levels (logarithmic) and colours."""
     low = min(float(grid[grid.isfinite()].min()) for grid in losses.values())
     high = max(float(grid[grid.isfinite()].max()) for grid in losses.values())
-    levels = np.geomspace(max(low, 1e-3), max(high, 2e-3), 20)
+    low = max(low, 1e-3)
+    levels = np.geomspace(low, max(high, 2e-3, 1.01 * low), 20)
     figure = Figure(figsize=(5.2 * len(losses) + 0.8, 4.6), layout="constrained")
     panels = figure.subplots(1, len(losses), squeeze=False)[0]
     for axes, (name, grid) in zip(panels, losses.items(), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from filelock import FileLock, Timeout
 from lab.cli import UserError, explained
 from lab.files import write_atomically, write_rows
 from lab.training.options import folder_of
-from lab.training.runs import START, plot_curves, read_summary, write_summary
+from lab.training.runs import DAMAGE, START, plot_curves, read_summary, write_summary
 from lab.training.seal import SealedSaver
 
 LOCK = ".lock"  # stays in the folder
@@ -69,9 +70,12 @@ class RunFolder:
         """Save with `saver` from now on; finish the save that a kill may have cut short."""
         self.saver = saver
         if start:
-            with self.saving():
+            with explained(f"what {self.resume} says about other checkpoints can't be used", *DAMAGE), self.saving():
+                metric = history.get("pending", (None, None))[1]
                 saver.load_state_dict({**history, "pending": (None, None)})
-                saver.save_checkpoint(start - 1, history.get("pending", (None, None))[1])
+                for known in (metric, saver.best_metric, *(value for _, value in saver.checkpoint_files)):
+                    math.isfinite(known or 0)  # raises TypeError for what is no number
+                saver.save_checkpoint(start - 1, metric)
                 plot_curves(self.path, self.rows)
 
     def save(self, epoch: int, row: dict[str, Any], metric: float) -> None:

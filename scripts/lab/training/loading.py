@@ -6,7 +6,7 @@ import argparse
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import safetensors.torch
 import torch
@@ -113,13 +113,23 @@ def settings_of(state: dict[str, Any], file: Path) -> dict[str, Any]:
     return settings
 
 
-def check_inherited(args: argparse.Namespace) -> None:
-    """Exit with one line for settings, of a checkpoint or of the command line, that the options would not take."""
-    parser = Parser("settings of the checkpoint")
+class _Settings(Parser):
+    """The options of evaluation, read from a checkpoint."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"settings of the checkpoint: {message}; give the option here")
+
+
+def inherit(args: argparse.Namespace, settings: dict[str, Any]) -> None:
+    """Let options that aren't given be those of the training run. Raises UserError for values out of range."""
+    missing = {name for name in _INHERITED if getattr(args, name) in (None, "")}
+    taken = {name: settings[name] for name in missing if settings.get(name) not in (None, "", {})}
+    parser = _Settings("")
     add_options(parser)
-    known = {name: getattr(args, name) for name in _INHERITED if getattr(args, name) not in (None, "", {})}
-    parser.parse_args([word for name, value in known.items() for word in as_options(_OPTION.get(name, name), value)])
-    check_channels(args)
+    words = [word for name, value in taken.items() for word in as_options(_OPTION.get(name, name), value)]
+    checked = parser.parse_args(words)
+    for name, value in taken.items():
+        setattr(args, name, value if name == "model_kwargs" else getattr(checked, name))
 
 
 def load_model(args: argparse.Namespace) -> tuple[nn.Module, str]:
@@ -132,10 +142,8 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, str]:
         args.model = f"local-dir:{args.checkpoint}"
     elif args.checkpoint:
         weights, source, settings = load_weights(find_file(Path(args.checkpoint)), not args.no_ema)
-        for name in _INHERITED:
-            if getattr(args, name) in (None, "") and settings.get(name) not in (None, "", {}):
-                setattr(args, name, settings[name])
-    check_inherited(args)
+        inherit(args, settings)
+    check_channels(args)
     if not args.model:
         raise UserError("which model? Give --model NAME, or --checkpoint with a file or folder of scripts/train.py")
     import_modules(args.device_modules)

@@ -81,9 +81,19 @@ def check_options(args: argparse.Namespace) -> None:
         raise UserError(f"--mixup and --cutmix need an even --batch-size, not {args.batch_size}")
     if args.torchcompile_mode and args.torchcompile != "inductor":
         raise UserError("--torchcompile-mode is one of inductor: it needs --torchcompile")
+    check_model_kwargs(args)
     check_channels(args)
     check_crops(args)
     args.device = choose_device(args.device)
+
+
+def check_model_kwargs(args: argparse.Namespace) -> None:
+    """Raises UserError for an argument of the model that is an option, and outside its range."""
+    if "in_chans" in args.model_kwargs:
+        raise UserError("--model-kwargs in_chans: the images have to know it too, use --in-chans")
+    options = {"drop_rate": "drop", "drop_path_rate": "drop-path", "drop_block_rate": "drop-block"}
+    given = {name: args.model_kwargs[name] for name in options if args.model_kwargs.get(name) is not None}
+    build_parser().parse_args([f"--{options[name]}={value}" for name, value in given.items()])
 
 
 def check_channels(args: argparse.Namespace) -> None:
@@ -98,10 +108,12 @@ def check_channels(args: argparse.Namespace) -> None:
 
 
 def check_crops(args: argparse.Namespace) -> None:
-    """Raises UserError for random crops that can't be drawn."""
+    """Raises UserError for random crops and turns that can't be drawn."""
     for name in ("scale", "ratio"):
         low, high = getattr(args, name)
         if low > high:
             raise UserError(f"--{name}: the smaller number comes first, not {low:g} {high:g}")
     if args.train_crop_mode in (None, "rrc") and args.scale[1] > 1:
         raise UserError(f"--scale: a crop has at most all of the image, 1, not {args.scale[1]:g}")
+    if args.aa and args.train_interpolation in ("box", "hamming", "lanczos"):
+        raise UserError(f"--aa can't turn images with --train-interpolation {args.train_interpolation}: use bicubic")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 from typing import Any
 
 import torch
 from timm.utils import CheckpointSaver
 
-_CONTENT = ("epoch", "metric", "state_dict", "state_dict_ema", "optimizer", "amp_scaler")
+_CONTENT = ("epoch", "metric", "args", "state_dict", "state_dict_ema", "optimizer", "amp_scaler")
 
 
 class SealedSaver(CheckpointSaver):
@@ -16,7 +17,7 @@ class SealedSaver(CheckpointSaver):
 
     def state_dict(self, epoch: int | None = None, metric: float | None = None) -> dict[str, Any]:
         """The saver's state as timm stores it, and `sha256`."""
-        state = {"epoch": epoch, "metric": metric, "optimizer": self.optimizer.state_dict()}
+        state = {"epoch": epoch, "metric": metric, "args": self.args, "optimizer": self.optimizer.state_dict()}
         for ema in (False, True):
             state.update(self.task.get_checkpoint_state(ema=ema, unwrap_fn=self.unwrap_fn))
         if self.amp_scaler is not None:
@@ -44,6 +45,8 @@ def digest(state: dict[str, Any], saver: dict[str, Any]) -> str:
 
 
 def _feed(hasher: Any, value: Any) -> None:
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
     if isinstance(value, torch.Tensor):
         hasher.update(f"{value.dtype}{tuple(value.shape)}".encode())
         hasher.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from pathlib import Path
 from typing import Any
 
 import torch
 from timm.data import FastCollateMixup, create_loader
 from timm.models import create_model, resolve_model_input_args
-from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import random_seed
 from torch import nn
@@ -123,7 +124,18 @@ def choose_rate(args: argparse.Namespace) -> float:
 def build_optimizer(args: argparse.Namespace, model: Any, updates: int) -> tuple[Any, Any, int]:
     """Optimizer, schedule (None without one), and how many epochs that lasts; `updates` are those of an epoch."""
     with explained("can't create optimizer or schedule"):
+        check_betas(args)
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
         metric = {"decreasing_metric": args.eval_metric == "loss"}
         schedule, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args, **metric), updates_per_epoch=updates)
+    if getattr(optimizer, "is_second_order", False):
+        raise UserError(f"--opt {args.opt} needs second derivatives, which are not computed here: choose another")
     return optimizer, schedule, epochs
+
+
+def check_betas(args: argparse.Namespace) -> None:
+    """Raises ValueError for another number of --opt-betas than the optimizer takes."""
+    kind = get_optimizer_class(args.opt.removeprefix("lookahead_"))
+    betas = getattr(inspect.signature(kind).parameters.get("betas"), "default", ())
+    if args.opt_betas and betas and len(args.opt_betas) != len(betas):
+        raise ValueError(f"--opt-betas: {args.opt} takes {len(betas)}, not {len(args.opt_betas)}")

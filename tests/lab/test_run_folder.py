@@ -1,0 +1,229 @@
+"""The folder of a run: moved, renamed, forked, taken by two processes, damaged; and the SHA-256 of its checkpoints."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from filelock import FileLock
+from lab.cli import UserError
+from lab.files import read_rows
+from lab.training import folder as folder_module
+from lab.training.runs import find_checkpoint, load_file, read_checkpoint, read_summary
+from lab.training.seal import check_seal
+from scripting import SCRIPTS, TINY, error_line, load_script, make_images
+
+train, evaluate = load_script("train"), load_script("evaluate")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture(scope="module")
+def begun(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One epoch, of a run that has a name."""
+    out = tmp_path_factory.mktemp("begun")
+    shared = ["--data-dir", str(data), *TINY, "--device", "cpu", "-b", "12", "-j", "0", "--sched", "none"]
+    assert train.main([*shared, "--epochs", "1", "--model-ema", "--output", str(out), "--experiment", "old"]) == 0
+    return out / "old"
+
+
+@pytest.fixture
+def moved(begun: Path, tmp_path: Path) -> Path:
+    """The run under another name in another folder."""
+    shutil.copytree(begun, tmp_path / "archive" / "new")
+    return tmp_path / "archive" / "new"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def epochs(folder: Path) -> list[str]:
+    return [row["epoch"] for row in read_rows(folder / "summary.csv")]
+
+
+@pytest.mark.parametrize("part", ["", "last.pth.tar"])
+def test_the_folder_that_is_named_is_the_one_that_is_used(begun: Path, moved: Path, part: str) -> None:
+    before = contents(begun)
+    assert train.main(["--resume", str(moved / part), "--epochs", "2"]) == 0
+    assert epochs(moved) == ["0", "1"]
+    assert load_file(moved / "last.pth.tar")["epoch"] == 1
+    assert contents(begun) == before
+    assert [path.name for path in moved.parent.iterdir()] == ["new"]
+    args = yaml.safe_load((moved / "args.yaml").read_text())
+    assert (args["output"], args["experiment"]) == (str(moved.parent), "new")
+
+
+def test_a_relative_path_from_inside_the_folder(moved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(moved)
+    assert train.main(["--resume", ".", "--epochs", "2"]) == 0
+    assert epochs(moved) == ["0", "1"]
+    assert [path.name for path in moved.parent.iterdir()] == ["new"]
+
+
+def test_another_experiment_forks_and_says_so(moved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(moved)
+    assert train.main(["--resume", str(moved), "--experiment", "fork", "--epochs", "2"]) == 0
+    fork = moved.parent / "fork"
+    line = f"fork: {moved} goes on in {fork}"
+    assert line in capsys.readouterr().out
+    assert (fork / "train.log").read_text().startswith(line)
+    assert epochs(fork) == ["1"]
+    assert contents(moved) == before | {".lock": b""}
+    assert "exists" in error_line(train.main, ["--resume", str(moved), "--experiment", "fork", "--epochs", "2"], capsys)
+
+
+def test_another_output_alone_is_no_way_to_fork(moved: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--resume", str(moved), "--epochs", "2", "--output", str(moved)]
+    assert "add --experiment to continue new in another folder" in error_line(train.main, argv, capsys)
+    assert train.main([*argv[:-1], str(moved.parent)]) == 0
+    assert epochs(moved) == ["0", "1"]
+
+
+def test_two_processes_never_train_in_one_folder(
+    moved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The other one is a process that holds the lock as train.py does; where it dies, the folder is free."""
+    monkeypatch.setattr(folder_module, "_PATIENCE", 0.2)
+    holder = (
+        f"from filelock import FileLock; lock = FileLock({str(moved / '.lock')!r}); lock.acquire(); "
+        "print(1, flush=True); input()"
+    )
+    process = subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout
+    process.stdout.readline()
+    before = contents(moved)
+    argv = ["--output", str(moved.parent), "--experiment", "new", "--resume", "auto", "--epochs", "2"]
+    try:
+        assert f"another process trains in {moved}" in error_line(train.main, argv, capsys)
+        assert contents(moved) == before
+    finally:
+        process.kill()
+        process.communicate()
+    assert train.main(argv) == 0
+    assert epochs(moved) == ["0", "1"]
+    FileLock(moved / ".lock").acquire(timeout=0)  # given back
+
+
+@pytest.mark.slow
+def test_of_two_runs_that_begin_at_once_one_trains(data: Path, tmp_path: Path) -> None:
+    argv = ["--data-dir", str(data), *TINY, "--device", "cpu", "-b", "12", "-j", "0", "--epochs", "1"]
+    argv += ["--resume", "auto", "--output", str(tmp_path), "--experiment", "run"]
+    command = [sys.executable, str(SCRIPTS / "train.py"), *argv]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    both = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    errors = [process.communicate(timeout=200)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 2], errors
+    (line,) = [error for error in errors if "error" in error]
+    assert "another process trains in" in line or "exists" in line or "the run is finished" in line
+    assert epochs(tmp_path / "run") == ["0"]
+
+
+def flip(path: Path, tensor: torch.Tensor) -> None:
+    """Change one bit of a tensor in the file, where its bytes stand."""
+    content = bytearray(path.read_bytes())
+    place = content.index(tensor.contiguous().numpy().tobytes())
+    content[place + 5] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("part", ["state_dict", "state_dict_ema", "optimizer"])
+def test_a_flipped_bit_is_refused_wherever_it_is(moved: Path, part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = moved / "last.pth.tar"
+    state = load_file(path)
+    held = state["optimizer"]["state"][5] if part == "optimizer" else state[part]
+    flip(path, next(value for value in held.values() if value.numel() > 9))
+    message = f"{path} is not a whole checkpoint: its SHA-256 differs"
+    assert message in error_line(train.main, ["--resume", str(moved), "--epochs", "2"], capsys)
+    for name in ("evaluate", "diagnose", "landscape"):
+        argv = ["--checkpoint", str(path), "-j", "0", "--device", "cpu"]
+        assert message in error_line(load_script(name).main, argv, capsys)
+    argv = ["--config", str(moved / "args.yaml"), "--experiment", "b", "--initial-checkpoint", str(path)]
+    assert "its SHA-256 differs" in error_line(train.main, argv, capsys)
+    path.unlink()  # the numbered one is whole
+    assert train.main(["--resume", str(moved), "--epochs", "2"]) == 0
+
+
+def test_a_checkpoint_without_a_digest_still_loads(moved: Path) -> None:
+    """As timm's own script and older versions of this one leave them."""
+    path = moved / "last.pth.tar"
+    state = load_file(path)
+    del state["saver"]["sha256"]
+    state["state_dict"]["fc.weight"][0, 0] += 1
+    torch.save(state, path)
+    assert train.main(["--resume", str(moved), "--epochs", "2"]) == 0
+    assert evaluate.main(["--checkpoint", str(moved), "-j", "0", "--device", "cpu"]) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.update(epoch=5),
+        lambda state: state["args"].__setattr__("crop_pct", 0.5),
+        lambda state: state["optimizer"]["param_groups"][0].update(lr=1.0),
+        lambda state: state["saver"].update(best_metric=1.0),
+        lambda state: state["state_dict"].pop("fc.bias"),
+    ],
+    ids=["epoch", "args", "rate", "saver", "missing"],
+)
+def test_the_digest_covers_all_that_training_goes_on_with(begun: Path, change: Any) -> None:
+    state = load_file(begun / "last.pth.tar")
+    check_seal(state)
+    change(state)
+    with pytest.raises(ValueError, match="SHA-256"):
+        check_seal(state)
+
+
+def test_a_stray_numbered_checkpoint_is_no_traceback(moved: Path, tmp_path: Path) -> None:
+    (moved / "last.pth.tar").unlink()
+    (moved / "checkpoint-best.pth.tar").write_bytes((moved / "checkpoint-0.pth.tar").read_bytes())
+    (moved / "checkpoint-7.pth.tar").write_bytes(b"PK half")
+    assert find_checkpoint(moved) == moved / "checkpoint-0.pth.tar"
+    assert train.main(["--resume", str(moved), "--epochs", "2"]) == 0
+    assert epochs(moved) == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *[("state_dict", value) for value in (None, [1], {"a": 1}, {1: torch.ones(1)})],
+        *[("optimizer", value) for value in ("x", {}, {"state": {}, "param_groups": "abc"})],
+        *[("epoch", value) for value in ("1", -3, 1.5, float("nan"), 10**30)],
+        *[("saver", value) for value in ([1], {"checkpoint_files": 5}, {"pending": (1, "x"), "best_metric": "a"})],
+        *[("arch", 5), ("state_dict_ema", [1])],
+    ],
+    ids=lambda value: str(value).replace(" ", "")[:20],
+)
+def test_odd_content_is_one_line(moved: Path, key: str, value: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    path = moved / "last.pth.tar"
+    state = load_file(path)
+    del state["saver"]["sha256"]
+    torch.save(state | {key: value}, path)
+    line = error_line(train.main, ["--resume", str(moved), "--epochs", "2"], capsys)
+    assert str(moved) in line
+
+
+@pytest.mark.parametrize(
+    "text", ["epoch,train_loss\n0,abc\n", "x,y\n1,2\n", "epoch,train_loss\n0\n", "epoch,train_loss\n0,1,2\n"]
+)
+def test_a_damaged_summary_is_one_line(moved: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (moved / "summary.csv").write_text(text)
+    with pytest.raises(UserError, match="damaged; mend or remove it"):
+        read_summary(moved, 5)
+    assert "summary.csv is damaged" in error_line(train.main, ["--resume", str(moved), "--epochs", "2"], capsys)
+
+
+def test_what_read_checkpoint_gives_is_what_was_saved(begun: Path) -> None:
+    """Bit for bit what torch reads by itself."""
+    state = read_checkpoint(begun / "last.pth.tar", "test_resnet_sugar")
+    raw = torch.load(begun / "last.pth.tar", weights_only=False)
+    assert all(torch.equal(weight, raw["state_dict"][name]) for name, weight in state["state_dict"].items())
