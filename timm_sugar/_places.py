@@ -161,6 +161,8 @@ def find_places(model: nn.Module, types: Collection[Any] = ()) -> Iterator[Place
         for key, child in owner._modules.items():
             if child is not None and is_activation(child, types):
                 yield Place(dot + key, child, owner, key)
+        if isinstance(owner, SUGAR):  # what the activation before it kept has no effect
+            continue
         for key, value in vars(owner).items():
             if is_activation_function(value, types):
                 yield Place(dot + key, value, owner, key)

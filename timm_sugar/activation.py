@@ -64,7 +64,7 @@ def relu_gradient() -> Iterator[None]:
         RuntimeError: if it is entered inside of a compiled function.
 
     Example:
-        >>> with timm_sugar.activation.relu_gradient():
+        >>> with timm_sugar.relu_gradient():
         ...     (gradient,) = torch.autograd.grad(model(x).sum(), x)
     """
     _uncompiled.enter()

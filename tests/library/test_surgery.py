@@ -881,6 +881,40 @@ def test_with_an_example_sugar_overwrites_its_input_where_the_model_reads_it_aga
     assert torch.equal(to_relu(model)(x), expected)
 
 
+class ReturnsIt(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.act = nn.Linear(4, 4), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.first(x)
+        self.act(x)
+        return {"out": x}
+
+
+def test_an_input_that_is_returned_is_read_again() -> None:
+    model, x = ReturnsIt(), torch.randn(3, 4)
+    expected = copy.deepcopy(model)(x)["out"]
+    sugarize(model, example=x)
+    assert torch.equal(model(x)["out"], expected)
+
+
+class KeepsAFunction(nn.Module):
+    """An activation as those of transformers are, which keep the function that they call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = F.gelu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x)
+
+
+def test_what_an_activation_kept_is_no_activation_of_sugar() -> None:
+    model = sugarize(nn.Sequential(KeepsAFunction()), types=(KeepsAFunction,))
+    assert list_activations(model) == {"0": "SUGAR"}
+
+
 def test_an_out_of_place_model_is_the_same_with_and_without_an_example() -> None:
     x = calls_input()
     model = sugarize(read_again(inplace=False), example=x)
