@@ -7,6 +7,7 @@ from timm_sugar import models
 from timm_sugar.activation import SUGAR, relu_gradient, sugar, warm_up
 from timm_sugar.diagnostics import diagnose, track_activations
 from timm_sugar.models import list_sugar_models as list_models
+from timm_sugar.schedule import SurrogateSchedule, set_surrogate
 from timm_sugar.surgery import list_activations, replace_activations, sugarize, sugarized, to_relu
 from timm_sugar.surrogate import Surrogate, get_surrogate, list_surrogates, register_surrogate
 from timm_sugar.version import __version__
@@ -14,6 +15,7 @@ from timm_sugar.version import __version__
 __all__ = [
     "SUGAR",
     "Surrogate",
+    "SurrogateSchedule",
     "__version__",
     "diagnose",
     "get_surrogate",
@@ -24,6 +26,7 @@ __all__ = [
     "register_surrogate",
     "relu_gradient",
     "replace_activations",
+    "set_surrogate",
     "sugar",
     "sugarize",
     "sugarized",

@@ -54,13 +54,14 @@ _off: set[Kind] = set()  # the formula does without; a line said why
 _lock = threading.RLock()  # the compiler is not made for several threads
 
 
-def times_derivative(direction: Tensor, x: Tensor, surrogate: str, values: list[float]) -> Tensor:
+def times_derivative(direction: Tensor, x: Tensor, surrogate: str, values: list[Any]) -> Tensor:
     """direction * derivative of the surrogate at x, rounded once to direction's dtype, by the fastest way there is.
 
-    x and direction: one shape. Differentiable once more; any layout, device, wrapper or transform.
+    x and direction: one shape; values: numbers or 0-dim tensors. Differentiable once more; any layout, device,
+    wrapper or transform.
     """
     if x.numel() > _used_from(x) and _is_plain(x, direction):
-        kind = Kind.of(x, surrogate)
+        kind, values = Kind.of(x, surrogate), [float(value) for value in values]
         if x.numel() > _compiled_from(x) or is_compiled(kind, values):
             return _fused(direction, x, kind, values)
     return (direction * surrogate_derivative(x, surrogate, values)).to(direction.dtype)

@@ -25,6 +25,12 @@ _library.define(
     tags=(torch.Tag.pointwise, torch.Tag.pt2_compliant_tag),
 )
 _operator = torch.ops.timm_sugar.relu.default
+# The same with parameters that are arguments of a compiled graph, not constants in it: 0-dim tensors.
+_library.define(
+    "relu_scheduled(Tensor x, str surrogate, Tensor[] values, str formula) -> Tensor",
+    tags=(torch.Tag.pointwise, torch.Tag.pt2_compliant_tag),
+)
+_scheduled_operator = torch.ops.timm_sugar.relu_scheduled.default
 
 uses_relu_gradient: ContextVar[bool] = ContextVar("uses_relu_gradient", default=False)
 
@@ -104,17 +110,21 @@ class _OperatorFunction(_torch.SingleLevelFunction or torch.autograd.Function): 
         return _gradient(ctx, tangent)
 
 
-def _value(x: Tensor, grad_mode: bool, *arguments: Any) -> Tensor:
+def _value(x: Tensor, grad_mode: bool, surrogate: str, values: list[Any], formula: str) -> Tensor:
     """relu(x) for the level of torch.func at which the operator was called: the levels below record the operator."""
     if _torch.in_transform() or _torch.records_graph():
         if not _torch.can_nest:
             raise RuntimeError(f"this PyTorch can't record sugar(): it has no torch.{_torch.missing[0]}")
         with _torch.one_level_down(grad_mode):
-            return _operator(x, *arguments)
+            return _operator_for(values)(x, surrogate, values, formula)
     return torch.ops.aten.relu.default(x)
 
 
-def _autograd_kernel(x: Tensor, surrogate: str, values: list[float], formula: str) -> Tensor:
+def _operator_for(values: list[Any]) -> Any:
+    return _scheduled_operator if any(isinstance(value, Tensor) for value in values) else _operator
+
+
+def _autograd_kernel(x: Tensor, surrogate: str, values: list[Any], formula: str) -> Tensor:
     grad_mode = torch.is_grad_enabled()
     if not (grad_mode or _torch.in_forward_mode(x) or _torch.in_transform()):
         return _value(x, grad_mode, surrogate, values, formula)
@@ -122,17 +132,20 @@ def _autograd_kernel(x: Tensor, surrogate: str, values: list[float], formula: st
         return _OperatorFunction.apply(x, grad_mode, surrogate, values, formula)
 
 
-def _plain_kernel(x: Tensor, surrogate: str, values: list[float], formula: str) -> Tensor:
+def _plain_kernel(x: Tensor, surrogate: str, values: list[Any], formula: str) -> Tensor:
     return torch.ops.aten.relu.default(x)
 
 
-def _vmap_rule(info: Any, in_dims: tuple[Any, ...], x: Tensor, *arguments: Any) -> tuple[Tensor, int]:
-    return _operator(x, *arguments), in_dims[0]
+def _vmap_rule(
+    info: Any, in_dims: tuple[Any, ...], x: Tensor, surrogate: str, values: list[Any], formula: str
+) -> tuple[Tensor, int]:
+    return _operator_for(values)(x, surrogate, values, formula), in_dims[0]
 
 
-_library.impl("relu", _autograd_kernel, "Autograd")
-_library.impl("relu", _plain_kernel, "CompositeExplicitAutograd")
-torch.library.register_vmap("timm_sugar::relu", _vmap_rule, lib=_library)
+for _name in ("relu", "relu_scheduled"):
+    _library.impl(_name, _autograd_kernel, "Autograd")
+    _library.impl(_name, _plain_kernel, "CompositeExplicitAutograd")
+    torch.library.register_vmap(f"timm_sugar::{_name}", _vmap_rule, lib=_library)
 
 
 def _check(x: Tensor) -> None:
@@ -157,9 +170,9 @@ def _is_recorded(x: Tensor) -> bool:
     return torch.is_grad_enabled() or _torch.in_forward_mode(x)
 
 
-def _recomputed(x: Tensor, surrogate: str, values: list[float], formula: str) -> Tensor:
+def _recomputed(operator: Any, *arguments: Any) -> Tensor:
     """The operator under a compiler: only x is saved, from which the backward pass takes relu(x) too."""
-    return checkpoint(_operator, x, surrogate, values, formula, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(operator, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 def _apply_eagerly(x: Tensor, surrogate: str, values: list[float]) -> Tensor:
@@ -184,9 +197,33 @@ def apply(x: Tensor, surrogate: str, values: list[float], formula: str) -> Tenso
             if not _is_recorded(x):
                 return F.relu(x)
             if not _torch.is_exporting() and not _torch.in_transform():  # which takes no checkpoint
-                return _recomputed(x, surrogate, values, formula)
+                return _recomputed(_operator, x, surrogate, values, formula)
         elif _torch.is_eager(x) or x.layout != torch.strided or x.is_nested:
             return _apply_eagerly(x, surrogate, values)
         elif not _is_recorded(x):
             return F.relu(x)
     return torch.ops.timm_sugar.relu(x, surrogate, values, formula)
+
+
+class RunTimeValues:
+    """Values of a surrogate's parameters as tensors, so that code compiled for them takes others without compiling.
+
+    They are replaced, never written to: a backward pass has the values of its forward pass.
+    """
+
+    def __init__(self, values: list[float]) -> None:
+        self.single, self.double = (
+            [torch.tensor(value, dtype=dtype, device="cpu") for value in values]
+            for dtype in (torch.float32, torch.float64)  # the latter for float64 alone: MPS and some GPUs have none
+        )
+
+
+def apply_scheduled(x: Tensor, surrogate: str, values: RunTimeValues, formula: str) -> Tensor:
+    """`apply` under torch.compile, with values that may be others when what is compiled runs again."""
+    _check(x)
+    if not _is_recorded(x):
+        return F.relu(x)
+    tensors = values.double if x.dtype == torch.float64 else values.single
+    if _torch.in_transform():  # which takes no checkpoint
+        return _scheduled_operator(x, surrogate, tensors, formula)
+    return _recomputed(_scheduled_operator, x, surrogate, tensors, formula)

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from timm_sugar import _torch
 from timm_sugar._compiled import prepare_all
-from timm_sugar._operator import apply, uses_relu_gradient
+from timm_sugar._operator import RunTimeValues, apply, apply_scheduled, uses_relu_gradient
 from timm_sugar._saved_tensors import find_call, remember_value, share_saved, unshare_within
-from timm_sugar.surrogate import Surrogate, get_surrogate
+from timm_sugar.surrogate import Surrogate, get_surrogate, list_surrogates, takes_tensors
 
 
 def sugar(x: Tensor, surrogate: str | Surrogate = "bsilu", *, save_memory: bool = False, **parameters: float) -> Tensor:
@@ -109,6 +109,7 @@ class SUGAR(nn.Module):
     name in its place.
     """
 
+    surrogate: str
     values: list[float]  # TorchScript reads the type here (so no `from __future__ import annotations` in this file)
 
     def __init__(
@@ -123,23 +124,68 @@ class SUGAR(nn.Module):
         if not isinstance(inplace, bool):
             raise TypeError(f"inplace must be True or False, not {inplace!r}; a surrogate is a keyword argument")
         chosen = get_surrogate(surrogate, **parameters)
-        self.surrogate, self.values, self.formula = chosen.name, chosen.values, chosen.formula
+        vars(self).update(surrogate=chosen.name, values=chosen.values, formula=chosen.formula)
+        self.run_time: Any = None  # the values for compiled code, once they have been changed
         self.overwrites = False  # whether its value is written into its input, as an in-place ReLU's is
         self.save_memory = save_memory
         self.scope = None  # of the model within a call of which memory is shared, if it belongs to one
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({"overwrites": False, "save_memory": False, "scope": None, **state})
+        super().__setstate__({"overwrites": False, "save_memory": False, "scope": None, "run_time": None, **state})
         self.formula = get_surrogate(self.surrogate).formula  # today's, whatever it was when the module was pickled
+
+    def set_surrogate(self, surrogate: str | Surrogate | None = None, **parameters: float) -> None:
+        """Exchange the surrogate, or values of its parameters, from the next forward pass on.
+
+        Compiled code is compiled once more when this is called first, and then for another surrogate only. Raises as
+        `sugar` does.
+
+        Example:
+            >>> module.set_surrogate(alpha=0.5)
+        """
+        if surrogate is None:
+            known = get_surrogate(self.surrogate)
+            surrogate = get_surrogate(known, **dict(zip(known.parameters, self.values, strict=True)))
+        chosen = get_surrogate(surrogate, **parameters)
+        run_time = RunTimeValues(chosen.values) if chosen.values and takes_tensors(chosen) else None
+        vars(self).update(
+            surrogate=chosen.name, values=chosen.values, formula=chosen.formula, run_time=run_time
+        )  # a new list: a backward pass has the values of its forward pass
+
+    def _parameters_by_name(self) -> dict[str, float]:
+        """Names and values of the surrogate's parameters, if it is known and the module is complete."""
+        own = vars(self)
+        if "values" not in own or own["surrogate"] not in list_surrogates():
+            return {}
+        return dict(zip(get_surrogate(own["surrogate"]).parameters, own["values"], strict=True))
+
+    def __getattr__(self, name: str) -> Any:
+        """The value of a parameter of the surrogate, e.g. `module.alpha`."""
+        parameters = {} if name.startswith("_") else self._parameters_by_name()
+        return parameters[name] if name in parameters else super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "surrogate":
+            self.set_surrogate(value)
+        elif name not in vars(self) and name in self._parameters_by_name():
+            self.set_surrogate(**{name: value})
+        else:
+            super().__setattr__(name, value)
 
     def forward(self, input: Tensor) -> Tensor:
         """relu(input), any shape."""
         if self.overwrites:
-            return input.copy_(apply(input.clone(), self.surrogate, self.values, self.formula))
-        if not torch.jit.is_scripting():  # noqa: SIM102  alone, so that TorchScript skips what it can't compile
-            if self.save_memory and not torch.compiler.is_compiling():
-                return _apply_sharing(input, self.surrogate, self.values, self.formula, self.scope, self)
-        return apply(input, self.surrogate, self.values, self.formula)
+            return input.copy_(self._relu(input.clone(), False))
+        return self._relu(input, self.save_memory)
+
+    def _relu(self, x: Tensor, save_memory: bool) -> Tensor:
+        if not torch.jit.is_scripting():  # alone, so that TorchScript skips what it can't compile
+            if not torch.compiler.is_compiling():
+                if save_memory:
+                    return _apply_sharing(x, self.surrogate, self.values, self.formula, self.scope, self)
+            elif self.run_time is not None and not _torch.is_exporting():
+                return apply_scheduled(x, self.surrogate, self.run_time, self.formula)
+        return apply(x, self.surrogate, self.values, self.formula)
 
     def __prepare_scriptable__(self) -> "SUGAR":
         """Take the hooks off the model that torch.jit.script is about to compile: TorchScript compiles hooks, too."""
@@ -149,7 +195,7 @@ class SUGAR(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        parameters = zip(get_surrogate(self.surrogate).parameters, self.values, strict=True)
+        parameters = self._parameters_by_name().items()
         return ", ".join([f"surrogate={self.surrogate!r}", *(f"{key}={value:g}" for key, value in parameters)])
 
 

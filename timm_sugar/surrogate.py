@@ -22,12 +22,13 @@ Formula = Callable[..., Tensor]
 SELU_ALPHA = 1.6732632423543772848170429916717  # Klambauer et al. 2017, as in torch.nn.SELU
 SELU_SCALE = 1.0507009873554804934193349852946
 
-# Names that sugar(), sugarize(), timm.create_model and timm's networks take themselves.
+# Names that sugar(), sugarize(), SurrogateSchedule, timm.create_model and timm's networks take themselves.
 _RESERVED = frozenset(
     {"x", "input", "inplace", "surrogate", "save_memory", "model", "model_name", "filter_fn", "types", "example"}
     | {"pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "checkpoint_path", "cache_dir"}
     | {"scriptable", "exportable", "no_jit", "num_classes", "in_chans", "global_pool", "img_size", "patch_size"}
     | {"features_only", "out_indices", "output_stride", "drop_rate", "drop_path_rate", "drop_block_rate", "act_layer"}
+    | {"shape", "updates"}
     | {"norm_layer", "width", "scale", "depth", "embed_dim", "device", "dtype"}
 )
 
@@ -167,6 +168,16 @@ def surrogate_derivative(x: Tensor, name: str, values: list[float]) -> Tensor:
     """Compute the derivative of a surrogate at x, any shape, elementwise; for float16 and bfloat16 in float32."""
     half = x.dtype in (torch.float16, torch.bfloat16)
     return get_surrogate(name).derivative(x.float() if half else x, *values)
+
+
+def takes_tensors(surrogate: Surrogate) -> bool:
+    """Whether the derivative takes its parameters as tensors too: not if it has a Python number's use for them."""
+    x = torch.empty(1, device="meta")
+    try:
+        surrogate.derivative(x, *(torch.empty((), device="meta") for _ in surrogate.parameters))
+    except Exception:  # meta tensors have no value: math.sqrt(alpha), alpha > 1
+        return False
+    return True
 
 
 def _checked(surrogate: Surrogate, key: str, value: Any) -> float:

@@ -19,6 +19,7 @@ import pytest
 import timm
 import torch
 import yaml
+from lab.training.folder import RunFolder
 from lab.training.options import parse_args
 from lab.training.runs import find_checkpoint, load_file, plot_curves
 from lab.training.setup import build_model
@@ -144,6 +145,46 @@ def test_another_seed_gives_another_run(data: Path, finished: Path, tmp_path: Pa
     assert train.main(options(data, tmp_path, "--seed", "1", "--epochs", "1")) == 0
     weights = load_file(tmp_path / "run" / "last.pth.tar")["state_dict"]
     assert not equal(dict(weights), dict(load_file(finished / "checkpoint-0.pth.tar")["state_dict"]))
+
+
+def test_a_surrogate_schedule_changes_training_and_is_resumed_bit_for_bit(
+    data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schedule = ["--surrogate-schedule", "alpha=cosine:1.67:0.1"]
+    assert train.main(options(data, tmp_path, *schedule, experiment="whole")) == 0
+    whole = load_file(tmp_path / "whole" / "last.pth.tar")
+    assert not equal(dict(whole["state_dict"]), dict(load_file(finished / "last.pth.tar")["state_dict"]))
+    seen = [load_file(tmp_path / "whole" / f"checkpoint-{i}.pth.tar")["args"].model_kwargs["alpha"] for i in range(3)]
+    assert seen == pytest.approx([1.67 - 1.57 * (1 - math.cos(math.pi * i / 3)) / 2 for i in (1, 2, 3)])
+    assert seen[-1] == 0.1
+
+    def stop(self: Any, epoch: int, *arguments: Any) -> None:
+        save(self, epoch, *arguments)
+        if epoch == 0:
+            raise KeyboardInterrupt
+
+    save = RunFolder.save
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "save", stop)
+        assert train.main(options(data, tmp_path, *schedule, experiment="parts")) == 130
+    assert train.main(["--resume", str(tmp_path / "parts")]) == 0
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("schedule", "text"),
+    [
+        ("alpha=cosine:1.67", "expected e.g. alpha=cosine:1.67:0.1"),
+        ("alpha=sine:1.67:0.1", "choose one of cosine, linear"),
+        ("alpha=cosine:1:-1", "alpha"),
+        ("gain=cosine:1:2", "no surrogate of the model"),
+        ("alpha", "name=value"),
+    ],
+)
+def test_bad_surrogate_schedule(
+    schedule: str, text: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert text in error_line(train.main, options(data, tmp_path, "--surrogate-schedule", schedule), capsys)
 
 
 class Killed(BaseException):

@@ -62,6 +62,8 @@ class Run:
                 raise UserError(f"{folder} has no {name}: was it made by scripts/train.py?")
         state = read_checkpoint(folder / "last.pth.tar", self.settings["model"])
         self.settings["num_classes"] = state["args"].num_classes
+        if self.settings.get("surrogate_schedule"):  # has left other values than the run began with
+            self.settings["model_kwargs"] = state["args"].model_kwargs
         self.published = self.settings | ({"img_size": img_size, "input_size": None} if img_size else {})
         weights = clean_state_dict(state.get("state_dict_ema") or state["state_dict"])
         # safetensors takes no channels_last

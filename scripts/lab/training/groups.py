@@ -88,6 +88,10 @@ def add_model(add: Add) -> None:
     """Which model, and where its weights start."""
     add("--model", default="resnet50", metavar="NAME", help="any timm model, or any with _sugar after its name")
     add("--model-kwargs", **PAIRS, help="e.g. surrogate=nelu alpha=0.05")
+    changing = (
+        "a parameter of the surrogate from one value to another over the run, e.g. alpha=cosine:1.67:0.1, or linear"
+    )
+    add("--surrogate-schedule", **PAIRS, help=changing)
     add("--pretrained", **FLAG, help="start from published weights")
     add("--pretrained-path", metavar="FILE", help="take this file for the published weights (needs --pretrained)")
     add("--initial-checkpoint", default="", metavar="FILE", help="start from this checkpoint, head included")

@@ -22,6 +22,7 @@ from lab.training.folder import RunFolder
 from lab.training.runs import DAMAGE, find_checkpoint, is_saved, read_checkpoint
 from lab.training.seal import SealedSaver
 from lab.training.setup import build_loaders, build_model, build_optimizer, choose_rate
+from lab.training.surrogates import build_surrogate_schedules, values_in_force
 
 
 class Prepared:
@@ -46,6 +47,7 @@ class Prepared:
         self.build_optimizer()
         checkpoint = find_checkpoint(resume)
         self.start_epoch, history = self.restore(checkpoint) if checkpoint else (0, {})
+        self.build_surrogate_schedules()
         self.prepare_task()
         if self.args.rank == 0:
             self.open_folder(history)
@@ -92,6 +94,19 @@ class Prepared:
         model = self.task.get_trainable_module()
         self.optimizer, self.scheduler, self.epochs = build_optimizer(self.args, model, self.updates)
 
+    def build_surrogate_schedules(self) -> None:
+        """Parameters of surrogates that change, where the updates that were done have brought them."""
+        model: Any = self.task.get_trainable_module()
+        self.surrogate_schedules = build_surrogate_schedules(self.args, model, self.epochs * self.updates)
+        for schedule in self.surrogate_schedules:
+            schedule.load_state_dict({"done": self.start_epoch * self.updates})
+
+    def checkpoint_args(self) -> argparse.Namespace:
+        """The settings as a checkpoint has them: with the values of the surrogate's parameters in force now."""
+        settings = {key: value for key, value in vars(self.args).items() if key != "given"}
+        settings["model_kwargs"] = self.args.model_kwargs | values_in_force(self.surrogate_schedules)
+        return argparse.Namespace(**settings)
+
     def prepare_task(self) -> None:
         """Compile the training step and share it among processes, after the weights are in place."""
         args = self.args
@@ -127,8 +142,7 @@ class Prepared:
         self.folder.open(args, self.start_epoch)
         saver = SealedSaver(
             model=self.task.get_trainable_module(), optimizer=self.optimizer, amp_scaler=self.scaler, task=self.task,
-            args=argparse.Namespace(**{k: v for k, v in vars(args).items() if k != "given"}),
-            checkpoint_dir=str(self.folder.path), recovery_dir=str(self.folder.path),
+            args=self.checkpoint_args(), checkpoint_dir=str(self.folder.path), recovery_dir=str(self.folder.path),
             decreasing=args.eval_metric == "loss", max_history=args.checkpoint_hist,
         )  # fmt: skip
         self.folder.keep(saver, self.start_epoch, history)

@@ -50,6 +50,7 @@ class Run(Prepared):
             groups = self.optimizer.param_groups
             row["lr"] = sum(group["lr"] for group in groups) / len(groups)
             if self.folder:
+                self.folder.saver.args = self.checkpoint_args()
                 self.folder.save(epoch, row, row.get(f"eval_{self.args.eval_metric}", row["train_loss"]))
             if self.scheduler:
                 self.scheduler.step(epoch + 1)
@@ -114,8 +115,10 @@ class Run(Prepared):
         return value
 
     def after_update(self, update: int) -> None:
-        """Let moving average and learning rate follow; `update` counts from the start of the run."""
+        """Let moving average, learning rate and surrogate follow; `update` counts from the start of the run."""
         self.task.update_ema(step=update)
+        for schedule in self.surrogate_schedules:
+            schedule.step()
         if self.scheduler:
             self.scheduler.step_update(update)
 

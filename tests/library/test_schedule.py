@@ -1,0 +1,313 @@
+"""Parameters that change while a model trains: the gradient is the formula's with the value in force, and is not
+compiled anew."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from fgi import SETTINGS, slope
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from timm_sugar import SUGAR, SurrogateSchedule, _compiled, _torch, register_surrogate, set_surrogate
+from timm_sugar import surrogate as surrogate_module
+from timm_sugar.surgery import sugarize
+
+EXACT = {"rtol": 1e-12, "atol": 1e-15}
+ALPHAS = (1.67, 0.5, 0.0, 1.0, 0.123456789, 3.0)
+
+
+def points(dtype: torch.dtype = torch.float64, size: int = 41) -> Tensor:
+    return torch.linspace(-5.1, 5, size, dtype=dtype)
+
+
+def gradient(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    leaf = x.detach().requires_grad_()
+    return torch.autograd.grad(function(leaf).sum(), leaf)[0]
+
+
+@pytest.fixture
+def graphs() -> Callable[[], int]:
+    """The number of graphs that torch.compile has made since."""
+    torch.compiler.reset()
+    counters.clear()
+    return lambda: counters["stats"]["unique_graphs"]
+
+
+# --- set_surrogate
+
+
+def test_module_shows_its_surrogate_and_parameters_as_attributes() -> None:
+    for name, parameters in SETTINGS.items():
+        module = SUGAR(surrogate=name, **parameters)
+        assert module.surrogate == name
+        for key, value in parameters.items():
+            assert getattr(module, key) == value
+    assert not hasattr(SUGAR(surrogate="gelu"), "alpha")
+    assert not hasattr(SUGAR(), "negative_slope")
+    with pytest.raises(AttributeError, match="no attribute 'beta'"):
+        SUGAR().beta  # noqa: B018
+
+
+def test_attributes_can_be_set_and_are_checked() -> None:
+    module = SUGAR()
+    module.alpha = 0.5
+    assert (module.alpha, module.values, repr(module)) == (0.5, [0.5], "SUGAR(surrogate='bsilu', alpha=0.5)")
+    torch.testing.assert_close(gradient(module, points()), slope(points(), alpha=0.5), **EXACT)
+    module.surrogate = "nelu"
+    torch.testing.assert_close(gradient(module, points()), slope(points(), "nelu"), **EXACT)
+    with pytest.raises(ValueError, match="alpha"):
+        module.alpha = -1
+    with pytest.raises(ValueError, match="unknown surrogate"):
+        module.surrogate = "nope"
+    assert (module.surrogate, module.alpha) == ("nelu", 0.01)
+
+
+def test_set_surrogate_reaches_every_module_with_the_parameter() -> None:
+    model = nn.Sequential(nn.ReLU(), nn.GELU(), nn.Sequential(nn.SiLU()), SUGAR(surrogate="elu"))
+    sugarize(model, surrogate={"0": "bsilu", "1": "gelu", "2.0": "nelu", "3": "elu"})
+    assert set_surrogate(model, alpha=0.3) is model
+    assert [module.values for module in model.modules() if isinstance(module, SUGAR)] == [[0.3], [], [0.3], [0.3]]
+    set_surrogate(model, "leaky_relu", negative_slope=0.2)
+    for module in (model[0], model[1], model[2][0], model[3]):
+        torch.testing.assert_close(
+            gradient(module, points()), slope(points(), "leaky_relu", negative_slope=0.2), **EXACT
+        )
+
+
+def test_set_surrogate_takes_a_module_and_a_compiled_and_a_wrapped_model() -> None:
+    module = SUGAR()
+    set_surrogate(module, alpha=0.1)
+    set_surrogate(torch.compile(nn.Sequential(module)), alpha=0.2)
+    assert module.alpha == 0.2
+
+
+@pytest.mark.parametrize(
+    ("parameters", "error", "text"),
+    [
+        ({"beta": 1.0}, TypeError, "no surrogate of the model"),
+        ({"alpha": -1.0}, ValueError, "alpha"),
+        ({"alpha": math.nan}, ValueError, "alpha"),
+        ({"alpha": "1"}, TypeError, "number"),
+        ({"surrogate": "nope"}, ValueError, "unknown surrogate"),
+        ({"surrogate": "gelu", "alpha": 1.0}, TypeError, "alpha"),
+        ({}, TypeError, "needs a surrogate"),
+    ],
+)
+def test_bad_settings_change_nothing(parameters: dict[str, Any], error: type[Exception], text: str) -> None:
+    model = nn.Sequential(SUGAR(), SUGAR(surrogate="elu"))
+    with pytest.raises(error, match=text):
+        set_surrogate(model, **parameters)
+    assert [module.alpha for module in model] == [1.67, 1.0]
+
+
+def test_what_holds_no_sugar_module_is_refused() -> None:
+    with pytest.raises(ValueError, match="no SUGAR module"):
+        set_surrogate(nn.ReLU(), alpha=1.0)
+    with pytest.raises(ValueError, match=r"torch\.fx"):
+        set_surrogate(torch.fx.symbolic_trace(nn.Sequential(SUGAR())), alpha=1.0)
+    with pytest.raises(TypeError, match=r"nn\.Module"):
+        set_surrogate("resnet18_sugar", alpha=1.0)  # type: ignore[arg-type]
+
+
+# --- eager mode
+
+
+def test_backward_pass_has_the_values_of_its_forward_pass() -> None:
+    module, x = SUGAR(alpha=1.0), points().requires_grad_()
+    y = module(x)
+    module.alpha = 0.2
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], slope(x, alpha=1.0), **EXACT)
+
+
+@pytest.mark.parametrize("surrogate", [name for name, parameters in SETTINGS.items() if parameters])
+def test_eager_mode_compiles_nothing_for_new_values(surrogate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[torch.dtype] = []
+
+    def compile_graph(graph: Any, examples: list[Tensor]) -> Any:
+        made.append(examples[0].dtype)
+        return graph
+
+    monkeypatch.setattr(_torch, "compile_graph", compile_graph)
+    for name, value in {"_kernels": {}, "_off": set(), "_CHUNK": 7, "_WORTHWHILE": 7}.items():
+        monkeypatch.setattr(_compiled, name, value)
+    (key,) = SETTINGS[surrogate]
+    module, x = SUGAR(surrogate=surrogate), points(torch.float32, 4096)
+    for value in ALPHAS:
+        module.set_surrogate(**{key: value})
+        expected = slope(x, surrogate, **{key: value})
+        torch.testing.assert_close(gradient(module, x).double(), expected, rtol=1e-5, atol=2e-6)
+    assert made == [torch.float32]
+
+
+def test_many_values_leave_nothing_behind() -> None:
+    model = nn.Sequential(SUGAR(), SUGAR())
+    schedule = SurrogateSchedule(model, alpha=(1.67, 0.1), updates=5000)
+    for _ in range(1200):  # more than the cache of values holds
+        schedule.step()
+        gradient(model, points(torch.float32, 20_000))
+    gc.collect()
+    before, objects = _compiled._scalars.cache_info().currsize, len(gc.get_objects())
+    for _ in range(200):
+        schedule.step()
+        gradient(model, points(torch.float32, 20_000))
+    gc.collect()
+    assert _compiled._scalars.cache_info().currsize == before or before < 1024
+    assert len(gc.get_objects()) - objects < 400
+
+
+# --- torch.compile
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_compiled_model_is_compiled_twice_at_most(
+    backend: str, dtype: torch.dtype, graphs: Callable[[], int]
+) -> None:
+    model = nn.Sequential(SUGAR(), SUGAR(alpha=0.3))
+    compiled: Any = torch.compile(model, backend=backend, fullgraph=True)
+    x, precise = points(dtype), dtype == torch.float64
+    rounding = EXACT if precise else {"rtol": 1.01 * torch.finfo(dtype).eps, "atol": 2e-6}
+    gradient(compiled, x)
+    for alpha in ALPHAS:
+        set_surrogate(model, alpha=alpha)
+        expected = slope(x, alpha=alpha) * slope(torch.relu(x), alpha=alpha)
+        if dtype == torch.bfloat16:
+            rounding = {"rtol": 2**-6, "atol": 1e-5}  # rounded twice
+        torch.testing.assert_close(gradient(compiled, x).double(), expected, **rounding)
+    assert graphs() == 2
+
+
+@pytest.mark.parametrize("surrogate", [name for name, parameters in SETTINGS.items() if parameters])
+def test_a_schedule_that_is_there_first_is_compiled_once(surrogate: str, graphs: Callable[[], int]) -> None:
+    (key,) = SETTINGS[surrogate]
+    module = SUGAR(surrogate=surrogate)
+    compiled: Any = torch.compile(module, backend="aot_eager", fullgraph=True)
+    pair: Any = {key: (1.0, 0.0)}
+    schedule = SurrogateSchedule(module, updates=6, shape="linear", **pair)
+    for _ in range(8):
+        expected = slope(points(), surrogate, **{key: schedule.values()[key]})
+        torch.testing.assert_close(gradient(compiled, points()), expected, **EXACT)
+        schedule.step()
+    assert graphs() == 1
+
+
+def test_compiled_backward_pass_has_the_values_of_its_forward_pass(graphs: Callable[[], int]) -> None:
+    module = SUGAR()
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    set_surrogate(module, alpha=1.0)
+    x = points().requires_grad_()
+    y = compiled(x)
+    set_surrogate(module, alpha=0.2)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], slope(x, alpha=1.0), **EXACT)
+
+
+def test_transforms_of_and_in_compiled_code_take_the_values_too(graphs: Callable[[], int]) -> None:
+    module = SUGAR()
+    inside: Any = torch.compile(lambda x: torch.func.grad(lambda t: module(t).sum())(x), backend="aot_eager")
+    for alpha in (0.5, 0.2):
+        set_surrogate(module, alpha=alpha)
+        torch.testing.assert_close(inside(points()), slope(points(), alpha=alpha), **EXACT)
+
+
+def test_formula_that_needs_numbers_is_right_and_compiled_for_each(
+    graphs: Callable[[], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(surrogate_module, "_surrogates", dict(surrogate_module._surrogates))
+    register_surrogate("root", derivative=lambda x, a: math.sqrt(a) * torch.sigmoid(x), a=2.0)
+    module = SUGAR(surrogate="root")
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    for a in (1.0, 4.0, 9.0):
+        set_surrogate(module, a=a)
+        torch.testing.assert_close(gradient(compiled, points()), math.sqrt(a) * torch.sigmoid(points()), **EXACT)
+    assert graphs() == 3
+
+
+# --- other routes, after values were changed
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*torch.jit.*:FutureWarning")
+@pytest.mark.parametrize("route", ["deepcopy", "pickle", "fx", "export", "script"])
+def test_copies_and_graphs_have_the_values_in_force(route: str) -> None:
+    model = set_surrogate(nn.Sequential(SUGAR(), SUGAR(surrogate="nelu")), alpha=0.4)
+    routes: dict[str, Callable[[Any], Any]] = {
+        "deepcopy": copy.deepcopy,
+        "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+        "fx": torch.fx.symbolic_trace,
+        "export": lambda model: torch.export.export(model, (points(),)).module(),
+        "script": torch.jit.script,
+    }
+    copied = routes[route](model)
+    assert not copied.state_dict()
+    expected = slope(points(), alpha=0.4) * slope(torch.relu(points()), "nelu", alpha=0.4)
+    torch.testing.assert_close(gradient(copied, points()), expected, **EXACT)
+
+
+# --- SurrogateSchedule
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ("linear", [1.6, 1.2, 0.8, 0.4, 0.0, 0.0]),
+        ("cosine", [0.8 * (1 + math.cos(math.pi * i / 4)) for i in range(5)] + [0.0]),
+    ],
+)
+def test_values_go_from_the_first_to_the_last_and_stay(shape: str, expected: list[float]) -> None:
+    model = nn.Sequential(SUGAR(), SUGAR(surrogate="gelu"))
+    schedule = SurrogateSchedule(model, alpha=(1.6, 0), updates=4, shape=shape)
+    seen = []
+    for _ in expected:
+        assert model[0].alpha == schedule.values()["alpha"]
+        seen.append(model[0].alpha)
+        schedule.step()
+    assert seen == pytest.approx(expected)
+    assert seen[0] == 1.6
+    assert seen[-1] == 0
+
+
+def test_a_resumed_schedule_goes_on_bit_for_bit() -> None:
+    def values(steps: int, schedule: SurrogateSchedule) -> list[float]:
+        found = []
+        for _ in range(steps):
+            schedule.step()
+            found += [module.alpha for module in schedule._modules]
+        return found
+
+    whole = values(10, SurrogateSchedule(nn.Sequential(SUGAR(), SUGAR()), alpha=(1.67, 0.1), updates=9))
+    first = SurrogateSchedule(nn.Sequential(SUGAR(), SUGAR()), alpha=(1.67, 0.1), updates=9)
+    begun = values(4, first)
+    resumed = SurrogateSchedule(nn.Sequential(SUGAR(), SUGAR()), alpha=(1.67, 0.1), updates=9)
+    resumed.load_state_dict(first.state_dict())
+    assert [module.alpha for module in resumed._modules] == begun[-2:]
+    assert begun + values(6, resumed) == whole
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"alpha": (1.0, 0.1), "updates": 0}, ValueError, "updates"),
+        ({"alpha": (1.0, 0.1), "updates": 1.5}, ValueError, "updates"),
+        ({"alpha": (1.0, 0.1), "updates": 2, "shape": "sine"}, ValueError, "choose one of cosine, linear"),
+        ({"updates": 2}, TypeError, "needs a parameter"),
+        ({"alpha": 1.0, "updates": 2}, TypeError, "first and last"),
+        ({"alpha": (1.0, -0.1), "updates": 2}, ValueError, "alpha"),
+        ({"alpha": (1.0, "a"), "updates": 2}, TypeError, "number"),
+        ({"gain": (1.0, 0.1), "updates": 2}, TypeError, "no surrogate of the model"),
+    ],
+)
+def test_bad_schedules_are_refused_in_one_line_and_change_nothing(
+    arguments: dict[str, Any], error: type[Exception], text: str
+) -> None:
+    module = SUGAR()
+    with pytest.raises(error, match=text) as caught:
+        SurrogateSchedule(module, **arguments)
+    assert "\n" not in str(caught.value)
+    assert module.alpha == 1.67
