@@ -19,6 +19,7 @@ HEAVY |= {"qwen3_vit", "rdnet", "vision_transformer_sam", "xception_aligned", "v
 HEAVY |= {"inception_resnet_v2"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", sorted(FAMILIES.keys() - HEAVY))
 def test_every_family_of_timm_can_be_diagnosed(family: str) -> None:
     """As SUGAR and as it is: all activation modules that ran are there, with all numbers."""

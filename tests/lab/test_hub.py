@@ -230,6 +230,7 @@ def test_second_push_changes_nothing_and_writes_nothing(folder: Path, hub: Loopb
     assert len(hub.repos[REPO].commits) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["alive_for", "refuse", "lose"])
 def test_cut_off_at_any_request_nothing_half_is_visible_and_the_next_push_completes(
     fault: str, folder: Path, hub: LoopbackHub

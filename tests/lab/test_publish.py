@@ -189,7 +189,11 @@ for ours, theirs in zip(model.parameters(), oracle.parameters(), strict=True):
 """
 
 
-@pytest.mark.parametrize("folder", [None, *PUBLISHED], ids=lambda folder: folder.name if folder else "toy")
+@pytest.mark.parametrize(
+    "folder",
+    [None, *(pytest.param(folder, marks=pytest.mark.slow) for folder in PUBLISHED)],
+    ids=lambda folder: folder.name if folder else "toy",
+)
 def test_every_block_of_a_card_runs(folder: Path | None, root: Path, hub: LoopbackHub, tmp_path: Path) -> None:
     """All blocks but the last load a stock network where there is one; this package was then never imported."""
     repo = f"timm-sugar/{folder.name}" if folder else f"me/{NAME}"

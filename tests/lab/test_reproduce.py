@@ -148,6 +148,7 @@ def test_table_compares_sugar_with_the_activation_whose_gradient_it_borrows() ->
     assert "activation itself" not in evidence.table_of(without, rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", ALL, ids=lambda table: table.name)
 def test_every_run_has_options_that_its_script_takes_and_a_model_that_can_be_made(table: Table) -> None:
     """On the meta device, one forward pass; the activations are those that the variant names."""

@@ -473,7 +473,13 @@ def compiler() -> None:
     torch.compiler.reset()
 
 
-@pytest.fixture(params=["small", "in pieces", pytest.param("compiled", marks=NEEDS_COMPILER)])
+@pytest.fixture(
+    params=[
+        "small",
+        pytest.param("in pieces", marks=pytest.mark.slow),
+        pytest.param("compiled", marks=[NEEDS_COMPILER, pytest.mark.slow]),
+    ]
+)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How eager mode computes a gradient: as of a small tensor, or as of a large one without or with a compiler."""
     if request.param != "small":

@@ -95,6 +95,7 @@ def test_checkout_needs_no_network(hub: LoopbackHub, checkout: Path, expected: s
     assert hub.requests == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [LOAD, STOCK], ids=["tag", "stock"])
 def test_hub_serves_an_installed_package_and_timm_alone(
     code: str, hub: LoopbackHub, installed: Path, expected: str, tmp_path: Path
@@ -120,6 +121,7 @@ def test_installed_package_lists_nothing_that_is_nowhere(hub: LoopbackHub, insta
     assert hub.requests == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [LOAD, STOCK], ids=["tag", "stock"])
 @pytest.mark.parametrize(
     ("case", "message"),
@@ -145,6 +147,7 @@ def test_weights_that_cannot_be_had_are_an_error(
     assert done.stdout == ""
 
 
+@pytest.mark.slow
 def test_transfer_that_breaks_off_is_resumed_and_the_result_checked(
     hub: LoopbackHub, installed: Path, expected: str, tmp_path: Path
 ) -> None:
@@ -154,6 +157,7 @@ def test_transfer_that_breaks_off_is_resumed_and_the_result_checked(
     assert [request.split()[0] for request in hub.requests if "safetensors" in request].count("GET") == 2
 
 
+@pytest.mark.slow
 def test_private_weights_load_with_a_token(hub: LoopbackHub, installed: Path, expected: str, tmp_path: Path) -> None:
     hub.repos[f"org/{TAG}"].private = True
     done = run(LOAD, hub.environment(tmp_path, READ) | {"TIMM_SUGAR_ORG": "org"}, installed)
