@@ -109,8 +109,7 @@ def measure_activation(args: argparse.Namespace) -> None:
             samples = interleave(watches, args.repeats)
             setting = {"subject": "activation", "dtype": dtype, "processes": 1, "axis": "elements", "size": 2**exponent}
             report(args, setting, "pass", "s", samples)
-    on_cpu = torch.device(args.device).type == "cpu"  # on a GPU SUGAR compiles nothing by itself
-    if on_cpu and not args.compile and "TORCH_COMPILE_DISABLE" not in os.environ:
+    if not args.compile and "TORCH_COMPILE_DISABLE" not in os.environ:
         command = [sys.executable, __file__, *args.argv]
         subprocess.run(command, env=os.environ | {"TORCH_COMPILE_DISABLE": "1"}, check=True)
 
