@@ -23,6 +23,7 @@ from lab.experiments.run import Run
 from lab.experiments.table import TABLES, Key, Table, list_tables, load_table
 from lab.files import read_rows, write_rows
 from lab.training.options import build_parser
+from lab.training.setup import build_model
 from PIL import Image, ImageChops
 from safetensors.torch import save_file
 from scipy import stats
@@ -33,7 +34,6 @@ from torch import nn
 from timm_sugar import SUGAR, surrogate
 from timm_sugar.surrogate import get_surrogate
 
-train = load_script("train")
 RESULTS = SCRIPTS.parent / "results"
 ALL = [load_table(name) for name in list_tables()]
 
@@ -163,7 +163,7 @@ def test_every_run_has_options_that_its_script_takes_and_a_model_that_can_be_mad
         assert {key: getattr(args, key) for key in settings} == settings
         args.pretrained, args.pretrained_path, args.initial_checkpoint = False, None, ""  # files that a user makes
         with torch.device("meta"):
-            model = train.build_model(args).eval()
+            model = build_model(args).eval()
             assert model(torch.zeros(1, 3, args.img_size, args.img_size)).shape == (1, args.num_classes)
         sugars = {m.surrogate for m in model.modules() if isinstance(m, SUGAR)}
         plain = {m.surrogate.name for m in model.modules() if isinstance(m, networks.Plain)}

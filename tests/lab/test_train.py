@@ -376,7 +376,7 @@ def test_another_way_to_compute_gives_the_same_training(
         assert train.main(options(data, tmp_path, *shared, *chosen, experiment=name)) == 0
     plain, chosen = ([float(row["train_loss"]) for row in summary(tmp_path / name)] for name in ("plain", "chosen"))
     assert chosen == pytest.approx(plain, rel=tolerance)
-    assert ("--amp" in more) <= (chosen != plain)
+    assert ("--amp" in more) <= (abs(chosen[0] - plain[0]) > 1e-5 * plain[0])  # float32 alone differs by 1e-7
     assert abs(plain[1] - plain[0]) > 2e-3 * plain[0]  # else the comparison says little
 
 
