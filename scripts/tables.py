@@ -110,7 +110,8 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     body = []
     for path in sorted(RECIPES.glob("*.yaml"), key=lambda path: (list(DATA).index(path.stem.split("_")[-1]), path)):
         recipe, row = load_recipe(path.stem), results.get(path.stem)
-        surrogate = SURROGATES[recipe.get("model_kwargs", {}).get("surrogate", "bsilu")]
+        name = recipe.get("model_kwargs", {}).get("surrogate", "bsilu")
+        surrogate = SURROGATES.get(name, name)
         model = f"{recipe['model']}, {surrogate}" + (", pretrained" if recipe.get("pretrained") else "")
         data = DATA[path.stem.split("_")[-1]] + (f", {recipe['img_size']} px" if "img_size" in recipe else "")
         measured = ["not run here", "", "", ""]
@@ -127,7 +128,8 @@ def models_table(models: Path = MODEL_CARDS, link: str = "model_cards/{}/README.
     for folder in model_folders(models):
         (own, *others), config = read_results(folder), json.loads((folder / CONFIG).read_text())
         twin = next((f"{float(row['top1']):.2f}" for row in others if row["weights"] == TWIN), "not run")
-        data = f"{DATA[config['sugar']['dataset']]}, {config['pretrained_cfg']['input_size'][-1]} px"
+        dataset = config["sugar"]["dataset"]
+        data = f"{DATA.get(dataset, dataset)}, {config['pretrained_cfg']['input_size'][-1]} px"
         top1 = f"{float(own['top1']):.2f}"
         shares = [f"{100 * float(own[key]):.2f}" for key in ("dead_units", "sparsity")]
         size = f"{(folder / WEIGHTS).stat().st_size / 1e6:.1f}"
