@@ -135,6 +135,12 @@ def test_one_kernel_serves_every_alpha_and_every_size(
     assert len(calls) == 60
 
 
+@pytest.mark.parametrize(("device", "size", "width"), [("meta", 32, 16), ("meta", 33, 1), ("cpu", 32, 1)])
+def test_rows_of_16_where_that_vectorises(device: str, size: int, width: int) -> None:
+    """What they bring is in test_generated_kernels.py; code for a CPU is vectorised in any case."""
+    assert compiled.Kind.of(torch.empty(size, device=device), "bsilu").width == width
+
+
 def test_gradient_of_a_sum_takes_the_kernel_too(calls: list[int]) -> None:
     """Its direction is one number, seen from everywhere."""
     x = torch.randn(6, 10, requires_grad=True)

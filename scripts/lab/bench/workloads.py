@@ -46,13 +46,15 @@ def backward_loops(x: Tensor, upstream: Tensor, sugar: SUGAR) -> dict[str, Calla
         "relu": lambda: torch.ops.aten.threshold_backward.default(upstream, x, 0),
         "gelu": lambda: torch.ops.aten.gelu_backward.default(upstream, x),
     }
-    matrices = upstream.view(-1, 1), x.view(-1, 1)
     with torch.no_grad():
-        loops = {
-            name: functools.partial(compile_gradient(factor, x.dtype, x.device), *matrices)
-            for name, factor in factors.items()
-        }
+        kernels = {name: compile_gradient(factor, x.dtype, x.device) for name, factor in factors.items()}
+    matrices = upstream.view(-1, 1), x.view(-1, 1)
+    loops = {name: functools.partial(_run, kernel, *matrices) for name, kernel in kernels.items()}
     return aten | loops
+
+
+def _run(kernel: Callable[[Tensor, Tensor], Tensor], upstream: Tensor, x: Tensor) -> Tensor:
+    return kernel(upstream, x).view(-1)
 
 
 class TrainingStep:
