@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from timm_sugar.activation import SUGAR
+from timm_sugar.models import SUFFIX
 from timm_sugar.surgery import replace_activations, sugarize, to_relu
 from timm_sugar.surrogate import get_surrogate, surrogate_derivative
 
@@ -134,13 +135,15 @@ def make_model(base: str, variant: str, settings: dict[str, Any], **arguments: A
     """
     name, own = parse(variant)
     torch.manual_seed(0)
+    if name == "sugar":  # by name, which shares memory
+        return timm.create_model(f"{base}{SUFFIX}", **(settings | own), **arguments)
     model = timm.create_model(base, **arguments)
     if name == OWN:
         return model
     sugarize(model, **(settings | own))
     if name == "relu":
         to_relu(model)
-    elif name != "sugar":
+    else:
         replace_activations(model, functools.partial(make_activation, variant, settings))
     return model
 
