@@ -363,6 +363,7 @@ def test_a_model_is_measured_in_training_and_in_inference(tmp_path: Path, monkey
     assert rows["sugar", "forward"]["unit"] == "s"
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_a_process_that_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before, ballast = benchmark.peak_bytes(), torch.ones(2**27)  # 512 MB
     ours = benchmark.peak_bytes()
@@ -379,6 +380,7 @@ def test_memory_is_that_of_a_process_that_trains(tmp_path: Path, monkeypatch: py
     assert modes == ["eager"] * 3 + ["eager, MALLOC_MMAP_THRESHOLD_=65536"] * 3
 
 
+@pytest.mark.slow
 def test_growth_is_measured_along_each_axis(tmp_path: Path) -> None:
     sizes = ["--batch-sizes", "2", "3", "--img-sizes", "32", "--depths", "test_resnet", "--processes", "2"]
     options = [*TINY, *sizes, "--variants", "relu", "sugar", "--output", str(tmp_path)]

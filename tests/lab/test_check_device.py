@@ -15,6 +15,7 @@ check_device = load_script("check_device")
 CPU = torch.device("cpu")
 
 
+@pytest.mark.slow
 def test_correctness_on_a_cpu_passes_and_the_report_says_what_was_not_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert check_device.main(["--device", "cpu", "--no-time"]) == 0
     report = capsys.readouterr().out

@@ -72,6 +72,7 @@ def test_weights_that_break_in_the_last_update_are_not_saved(data: Path, tmp_pat
     assert not list((tmp_path / "run").glob("*.pth.tar"))
 
 
+@pytest.mark.slow
 def test_no_process_waits_for_the_one_whose_loss_broke(data: Path, tmp_path: Path) -> None:
     """Two processes of torchrun, of which the second one's loss is NaN: both end with status 3, one line in all."""
     (tmp_path / "broken.py").write_text(NAN_IN_ONE)

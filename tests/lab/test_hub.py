@@ -256,6 +256,7 @@ def test_cut_off_at_any_request_nothing_half_is_visible_and_the_next_push_comple
     assert requests > 10
 
 
+@pytest.mark.slow
 def test_update_cut_off_at_any_request_leaves_the_old_or_the_new_model(
     folder: Path, hub: LoopbackHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:

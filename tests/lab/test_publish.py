@@ -21,6 +21,7 @@ from staging import train
 from timm_sugar.models._weights import MODEL_CARDS
 from timm_sugar.version import __version__
 
+pytestmark = pytest.mark.slow
 publish = load_script("publish")
 NAME = "test_resnet_sugar.bsilu_x"
 PUBLISHED = sorted(path.parent for path in MODEL_CARDS.glob("*/config.json"))

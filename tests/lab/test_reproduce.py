@@ -234,6 +234,7 @@ def test_a_plain_variant_starts_from_pretrained_weights_as_the_network_does(tmp_
         assert torch.equal(model.state_dict()[key], value), key
 
 
+@pytest.mark.slow
 def test_a_table_can_continue_another_one_seed_by_seed_and_shows_where_it_started(
     tiny: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -296,6 +297,7 @@ def last_epoch(summary: Path) -> dict[str, str]:
     return read_rows(summary)[-1]
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_gives_the_same_rows(tiny: Path, data: Path, tmp_path: Path, capfd: Any) -> None:
     """A real process, with the one that it started; in the middle of training."""
     tiny.write_text(TINY.replace("epochs: 3", "epochs: 12"))

@@ -65,6 +65,7 @@ def test_network_whose_activations_do_not_show_yet_is_not_taken_for_one_with_gel
     assert any(isinstance(module, torch.nn.ReLU) for module in run.deployed().modules())
 
 
+@pytest.mark.slow
 def test_stock_folder_loads_where_this_package_was_never_imported(runs: dict[str, Path], tmp_path: Path) -> None:
     folder = make_folder(runs["convnext_atto_sugar"], tmp_path / "convnext_atto_sugar.x")
     code = f"""

@@ -323,6 +323,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_end_with_identical_weights(data: Path, tmp_path: Path) -> None:
     (tmp_path / "ranks.py").write_text(TWO_RANKS)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(tmp_path / "ranks.py")]

@@ -802,6 +802,7 @@ for _ in range(2):
 """
 
 
+@pytest.mark.slow
 @NEEDS_COMPILER
 def test_compiler_cache_of_an_older_formula_is_not_used(tmp_path: Path, inductor_cache: Path) -> None:
     program = tmp_path / "program.py"

@@ -149,6 +149,7 @@ def test_gradient_of_a_sum_takes_the_kernel_too(calls: list[int]) -> None:
     assert calls == [60]
 
 
+@pytest.mark.slow
 def test_formula_that_needs_a_number_holds_its_parameters_up_to_a_bound(
     calls: list[int], made: list[torch.dtype], registry: None, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -339,7 +340,7 @@ for _ in range(2):
     ("environment", "said"),
     [
         ({"CXX": "no-such-compiler"}, ["compiling", "not compiled"]),
-        ({"CXX": "false"}, ["compiling", "not compiled"]),
+        pytest.param({"CXX": "false"}, ["compiling", "not compiled"], marks=pytest.mark.slow),
         ({"CACHE": "/dev/null/cache"}, ["compiling", "not compiled"]),
         ({"TORCH_COMPILE_DISABLE": "1"}, []),
     ],
@@ -358,6 +359,7 @@ def test_without_a_compiler_the_gradient_is_the_same(
     assert all(word in line for word, line in zip(said, lines, strict=True)), done.stderr
 
 
+@pytest.mark.slow
 def test_next_process_finds_the_kernel_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CACHE", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))

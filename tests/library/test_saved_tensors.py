@@ -168,6 +168,7 @@ def test_backward_frees_pre_activations_though_the_loss_is_kept() -> None:
     assert memory.expired()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])
 def test_compiled_graph_saves_no_more_than_relus(name: str) -> None:
     """aot_eager_decomp_partition decides what to save as inductor does, and needs no C++ compiler."""

@@ -116,7 +116,7 @@ TRANSFORMS = {
 }
 
 
-QUICK = ["", "_C._AutoDispatchBelowAutograd", "_C._autograd.SavedTensor.data"]  # the others take minutes
+QUICK = ["", "_C._autograd.SavedTensor.data"]  # the others take minutes
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,7 @@ def test_hub_serves_an_installed_package_and_timm_alone(
     assert again.stdout.split() == [expected], again.stderr
 
 
+@pytest.mark.slow
 def test_installed_package_lists_nothing_that_is_nowhere(hub: LoopbackHub, installed: Path, tmp_path: Path) -> None:
     code = "import timm, timm_sugar; print(timm_sugar.__file__, timm.list_pretrained('test_resnet_sugar.*'))"
     done = run(code, hub.environment(tmp_path), installed)
