@@ -191,7 +191,7 @@ def apply(x: Tensor, surrogate: str, values: list[float], formula: str) -> Tenso
     """relu(x) with the surrogate's gradient, by the cheapest way that keeps it: what `sugar` and `SUGAR` call."""
     if not torch.jit.is_scripting():  # alone, so that TorchScript skips what it can't compile
         if isinstance(x, torch.fx.Proxy):  # has no dtype, and its graph may run with gradients later
-            return _operator(x, surrogate, values, formula)
+            return torch.ops.timm_sugar.relu(x, surrogate, values, formula)  # TorchScript knows no `.default`
         _check(x)
         if torch.compiler.is_dynamo_compiling():
             if not _is_recorded(x):

@@ -920,3 +920,12 @@ def test_registered_surrogate_takes_the_same_routes(monkeypatch: pytest.MonkeyPa
         x = bank_input().requires_grad_()
         y = {**COPIES, **WRAPPERS}[route](SUGAR(surrogate="mine", a=0.5))(x)
         torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], torch.sigmoid(0.5 * x.detach()))
+
+
+@JIT_IS_DEPRECATED
+@pytest.mark.filterwarnings("ignore:The TorchScript type system:UserWarning")  # of torch.fx's own modules
+def test_a_traced_graph_can_be_scripted() -> None:
+    graph = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(3, 3), SUGAR(surrogate="nelu", alpha=0.3)).double())
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    expected = torch.autograd.grad(graph(x).sum(), x)
+    torch.testing.assert_close(torch.autograd.grad(torch.jit.script(graph)(x).sum(), x), expected)
