@@ -74,7 +74,8 @@ def test_nothing_in_yaml_is_the_default_or_refused(name: str, tmp_path: Path) ->
     ],
 )
 def test_the_bounds_themselves_are_taken(words: str) -> None:
-    parse_args([*CPU, *words.split()])
+    options, _ = parse_args([*CPU, *words.split()])
+    assert options.device == "cpu"
 
 
 @pytest.mark.parametrize("text", ["0", "1", "0.5"])

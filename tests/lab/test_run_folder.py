@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -225,5 +226,6 @@ def test_a_damaged_summary_is_one_line(moved: Path, text: str, capsys: pytest.Ca
 def test_what_read_checkpoint_gives_is_what_was_saved(begun: Path) -> None:
     """Bit for bit what torch reads by itself."""
     state = read_checkpoint(begun / "last.pth.tar", "test_resnet_sugar")
-    raw = torch.load(begun / "last.pth.tar", weights_only=False)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        raw = torch.load(begun / "last.pth.tar", weights_only=True)
     assert all(torch.equal(weight, raw["state_dict"][name]) for name, weight in state["state_dict"].items())
