@@ -340,12 +340,18 @@ def test_what_is_no_hub_is_one_line_and_nothing_is_pushed(answer: object, folder
     assert not hub.repos
 
 
-def test_a_commit_that_the_hub_only_says_it_made_is_not_tagged(folder: Path, hub: LoopbackHub) -> None:
-    hub.forget = True
-    with pytest.raises(UserError, match=r"the Hub took the commit, but would still add README.md"):
+@pytest.mark.parametrize(
+    ("forgotten", "left"), [("commit", "add README.md"), ("tag", "tag v"), ("settings", "make public")]
+)
+def test_what_the_hub_only_says_it_did_is_not_built_upon(
+    forgotten: str, left: str, folder: Path, hub: LoopbackHub
+) -> None:
+    hub.forget = forgotten
+    with pytest.raises(UserError, match=f"the Hub took it, but would still {left}"):
         push(client(hub), REPO, folder, private=False)
-    assert hub.repos[REPO].tags == {}
     assert hub.repos[REPO].private
-    hub.forget = False
+    assert bool(hub.repos[REPO].tags) == (forgotten == "settings")
+    hub.forget = ""
     push(client(hub), REPO, folder, private=False)
     assert list(hub.repos[REPO].tags) == [f"v{__version__}"]
+    assert not hub.repos[REPO].private

@@ -70,7 +70,7 @@ class LoopbackHub:
         self.refuse: int | None = None  # the request (counted from 1) that is answered with status 400
         self.lose: int | None = None  # the request (counted from 1) that is carried out but not answered
         self.instead: object = ...  # what every request is answered with, with status 200, as by a proxy
-        self.forget = False  # whether a commit is answered as if it were made
+        self.forget = ""  # what is answered as if it were done: commit, tag or settings
         self.truncate: set[str] = set()  # names of files whose next transfer breaks off half-way
         self.other_content: dict[str, bytes] = {}  # what is sent for a file instead, of the same size
         handler = type("Handler", (_Handler,), {"hub": self})
@@ -205,6 +205,8 @@ class _Handler(BaseHTTPRequestHandler):
     def settings(self, repo: str) -> Answer:
         if denied := self.denied():
             return denied
+        if self.hub.forget == "settings":
+            return 200, {}
         asked = self.json()
         self.hub.repos[repo].private = asked.get("visibility") == "private" or bool(asked.get("private"))
         return 200, {}
@@ -242,6 +244,8 @@ class _Handler(BaseHTTPRequestHandler):
     def tag(self, repo: str, revision: str) -> Answer:
         if denied := self.denied():
             return denied
+        if self.hub.forget == "tag":
+            return 409, {"error": "Tag reference exists already"}
         tags, name = self.hub.repos[repo].tags, self.json()["tag"]
         if name in tags:
             return 409, {"error": "Tag reference exists already"}
@@ -280,7 +284,7 @@ class _Handler(BaseHTTPRequestHandler):
         if denied := self.denied():
             return denied
         files = dict(self.hub.repos[repo].files)
-        if self.hub.forget:
+        if self.hub.forget == "commit":
             return 200, {"commitOid": 40 * "0", "commitUrl": f"{self.hub.url}/{repo}/commit/0", "pullRequestUrl": None}
         for line in map(json.loads, self.body.splitlines()):
             value = line["value"]

@@ -86,8 +86,8 @@ def push(api: HfApi, repo_id: str, folder: Path, private: bool) -> list[str]:
     with _one_line(repo_id):
         if not api.repo_exists(repo_id):
             api.create_repo(repo_id, private=True, exist_ok=True)
-        tags = [ref.name for ref in api.list_repo_refs(repo_id).tags]
-        if done and version in tags:
+        tagged = _has_tag(api, repo_id, version)
+        if done and tagged:
             raise UserError(f"{repo_id} has {version} with other files: raise the version in timm_sugar/version.py")
         if done:
             api.upload_folder(
@@ -96,12 +96,25 @@ def push(api: HfApi, repo_id: str, folder: Path, private: bool) -> list[str]:
                 delete_patterns="*",  # of what the folder doesn't have
                 commit_message=f"timm_sugar {__version__}",
             )
-            if missing := changes(api, repo_id, folder):
-                raise UserError(f"{repo_id}: the Hub took the commit, but would still {missing[0]}; run it again")
-        if version not in tags:
+            for missing in changes(api, repo_id, folder):
+                raise _not_done(repo_id, missing)
+        if not tagged:
             api.create_tag(repo_id, tag=version, exist_ok=True)
             done.append(f"tag {version}")
+            if not _has_tag(api, repo_id, version):
+                raise _not_done(repo_id, done[-1])
         if api.repo_info(repo_id).private != private:
             api.update_repo_settings(repo_id, private=private)
             done.append(f"make {'private' if private else 'public'}")
+            if api.repo_info(repo_id).private != private:
+                raise _not_done(repo_id, done[-1])
     return done
+
+
+def _has_tag(api: HfApi, repo_id: str, name: str) -> bool:
+    return name in [ref.name for ref in api.list_repo_refs(repo_id).tags]
+
+
+def _not_done(repo_id: str, what: str) -> UserError:
+    """The error for a request that was answered as if it were carried out, as by a proxy."""
+    return UserError(f"{repo_id}: the Hub took it, but would still {what}; run the same command again")
