@@ -20,6 +20,7 @@ from lab.cli import Parser, UserError, import_modules
 from lab.training.divergence import STATUS, Diverged
 from lab.training.options import parse_args
 from lab.training.run import Run
+from lab.training.runs import measure
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,8 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     if run.folder:
-        saver = run.folder.saver
-        print(f"done: {run.folder.path}; best {args.eval_metric} {saver.best_metric:.3f} in epoch {saver.best_epoch}")
+        saver, what = run.folder.saver, measure(args).removeprefix("eval_")
+        print(f"done: {run.folder.path}; best {what} {saver.best_metric:.3f} in epoch {saver.best_epoch}")
     return 0
 
 

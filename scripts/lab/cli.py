@@ -119,6 +119,8 @@ def import_modules(names: Sequence[str] | None) -> None:
     """Import what --device-modules names. Raises UserError for a module that isn't there."""
     try:
         for name in names or ():
+            if not all(part.isidentifier() for part in name.split(".")):
+                raise UserError(f"--device-modules: {name!r} can't be the name of a module")
             importlib.import_module(name)
     except ImportError as error:
         raise UserError(f"--device-modules: {error} (is its folder in PYTHONPATH?)") from error
@@ -157,12 +159,12 @@ def yaml_options(path: str | Path, parser: Parser) -> list[str]:
             values = yaml.safe_load(Path(path).read_text()) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(error) from error
-    known = vars(parser.parse_args([]))
+    known = {key: value for key, value in vars(parser.parse_args([])).items() if key not in ("config", "resume")}
     if not isinstance(values, dict):
         raise UserError(f"{path}: expected 'option: value' lines")
     options: list[str] = []
     for key, value in values.items():
-        if key not in known or key in ("config", "resume"):
+        if key not in known:
             close = difflib.get_close_matches(str(key), known, 1)
             raise UserError(f"{path}: unknown key {key!r}" + (f", did you mean {close[0]!r}?" if close else ""))
         if value is None:

@@ -20,8 +20,8 @@ REFUSED = """
 --in-chans 2|--crop-pct -1|--crop-pct 0|--crop-pct 5|--mean 1 2|--mean nan|--std 0 0 0|--std 1 1|--input-size 2 32 32
 --interpolation nope|--interpolation random|--train-interpolation nope|--train-interpolation lanczos --aa rand-m9
 --aa nope|--aa rand-x9|--aa rand-m9-mstd|--remode nope|--train-crop-mode nope|--torchcompile-mode default|--drop 2
---drop-path 2|--drop-block 2|--device meta|--device xpu|--seed -1|--seed 4294967296|-j -1|--mixup -1|--cutmix -1
---mixup-prob 2|--mixup-switch-prob -1|--mixup-off-epoch -1|--smoothing 2|--smoothing 1|--bce-target-thresh 2
+--drop-path 2|--drop-block 2|--device meta|--device xpu|--seed -1|--seed 4294967296|-j -1|-j 1000000|--mixup -1
+--cutmix -1|--mixup-prob 2|--mixup-switch-prob -1|--mixup-off-epoch -1|--smoothing 2|--smoothing 1|--bce-target-thresh 2
 --scale 1|--scale 2 3|--scale 1 0.5|--ratio 0 0|--ratio 2 1|--color-jitter -1|--aug-repeats -1|--lr-base-size 0
 --decay-epochs 0|--decay-rate 0|--decay-milestones -1|--cooldown-epochs -1|--warmup-epochs -1|--warmup-lr -1
 --min-lr nan|-vb -1|-b 0|--epochs 0|--grad-accum-steps 0|--checkpoint-hist 0|--log-interval 0|--momentum 2

@@ -7,7 +7,7 @@ import math
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,7 @@ class RunFolder:
         """Save with `saver` from now on; finish the save that a kill may have cut short."""
         self.saver = saver
         if start:
+            history = history if self.resumed else {}  # the best of a fork is one of its own epochs
             with explained(f"what {self.resume} says about other checkpoints can't be used", *DAMAGE), self.saving():
                 metric = history.get("pending", (None, None))[1]
                 saver.load_state_dict({**history, "pending": (None, None)})
@@ -97,8 +98,9 @@ class RunFolder:
         try:
             yield
         except (OSError, RuntimeError) as error:  # torch.save raises RuntimeError
-            for path in self.path.glob("*tmp*"):
-                path.unlink()
+            for path in self.path.glob("tmp[-.]*"):  # of write_atomically and of timm's saver
+                with suppress(OSError):
+                    path.unlink()
             reason = " ".join(str(error).split())
             raise UserError(f"can't save to {self.path} ({reason}); make room, then {self.resume_command}") from error
 

@@ -20,6 +20,7 @@ from lab.training.data import RandomPart, check_classes, open_dataset
 from lab.training.groups import add_images, n
 from lab.training.options import check_channels
 from lab.training.runs import DAMAGE, load_file
+from lab.training.setup import check_outputs
 
 # What a training run says about its model and data, and its user needs to know.
 _INHERITED = (
@@ -57,7 +58,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--gp", metavar="POOL", help="global pooling")
     add_images(add)
     add("-b", "--batch-size", **n(1, default=256), help="(default: %(default)s)")
-    add("-j", "--workers", **n(0, default=4), help="loader processes (default: %(default)s)")
+    add("-j", "--workers", **n(0, 256, default=4), help="loader processes (default: %(default)s)")
     add("--device", metavar="NAME", help="(default: the first of cuda, mps, cpu)")
     add("--device-modules", nargs="+", metavar="MODULE", help="modules to import first (default: those of the run)")
 
@@ -167,6 +168,7 @@ def open_loader(
     """
     with explained(f"can't prepare images for model {args.model}"):
         config = resolve_data_config(vars(args), model=model, use_test_size=not args.checkpoint)
+    check_outputs(model, config["input_size"], device)
     dataset: Any = open_dataset(
         args.dataset or "",
         args.data_dir,

@@ -19,9 +19,9 @@ from timm.utils import NativeScaler, init_distributed_device
 import timm_sugar  # noqa: F401  registers the models
 from lab.cli import UserError, explained
 from lab.training.folder import RunFolder
-from lab.training.runs import DAMAGE, find_checkpoint, is_saved, read_checkpoint
+from lab.training.runs import DAMAGE, check_unchanged, find_checkpoint, is_saved, measure, read_checkpoint
 from lab.training.seal import SealedSaver
-from lab.training.setup import build_loaders, build_model, build_optimizer, choose_rate
+from lab.training.setup import build_loaders, build_model, build_optimizer, check_outputs, choose_rate, load_optimizer
 from lab.training.surrogates import build_surrogate_schedules, values_in_force
 
 
@@ -31,6 +31,8 @@ class Prepared:
     def __init__(self, args: argparse.Namespace, resume: Path | None) -> None:
         self.args = args
         self.folder: RunFolder | None = None
+        self.restored: Path | None = None
+        self.tried = False  # whether an update was made
         self.device = init_distributed_device(args)
         try:
             self.set_up(resume)
@@ -67,7 +69,7 @@ class Prepared:
         with explained(f"can't prepare images for model {args.model}"):
             self.data_config = resolve_data_config(vars(args), model=model)
         self.train_loader, self.eval_loader = build_loaders(args, self.data_config, self.device)
-        model.to(self.device)
+        check_outputs(model, self.data_config["input_size"], self.device)
         if args.channels_last:
             model.to(memory_format=torch.channels_last)
         soft = bool(args.mixup or args.cutmix)
@@ -119,15 +121,16 @@ class Prepared:
     def restore(self, path: Path) -> tuple[int, dict[str, Any]]:
         """Load a checkpoint; return the epoch to start with and the state of the saver at the one before."""
         state = read_checkpoint(path, self.args.model)
+        check_unchanged(state, self.args, path, Path(self.args.output, self.args.experiment))
         with explained(f"checkpoint {path} doesn't fit model {self.args.model} with these options", *DAMAGE):
             self.task.load_checkpoint_state(clean_state_dict(state["state_dict"]))
             if self.task.has_ema():
                 ema = state.get("state_dict_ema", state["state_dict"])
                 self.task.load_checkpoint_state(clean_state_dict(ema), ema=True)
-            self.optimizer.load_state_dict(state["optimizer"])
+            load_optimizer(self.optimizer, state["optimizer"])
             if self.scaler and self.scaler.state_dict_key in state:
                 self.scaler.load_state_dict(state[self.scaler.state_dict_key])
-        start = state["epoch"] + 1
+        self.restored, start = path, state["epoch"] + 1
         if start > self.epochs or (start == self.epochs and is_saved(path.parent)):
             raise UserError(f"--resume {path}: the run is finished ({start} of {self.epochs} epochs); raise --epochs")
         return start, state.get("saver", {})
@@ -143,6 +146,6 @@ class Prepared:
         saver = SealedSaver(
             model=self.task.get_trainable_module(), optimizer=self.optimizer, amp_scaler=self.scaler, task=self.task,
             args=self.checkpoint_args(), checkpoint_dir=str(self.folder.path), recovery_dir=str(self.folder.path),
-            decreasing=args.eval_metric == "loss", max_history=args.checkpoint_hist,
+            decreasing=measure(args).endswith("loss"), max_history=args.checkpoint_hist,
         )  # fmt: skip
         self.folder.keep(saver, self.start_epoch, history)

@@ -7,7 +7,7 @@ import math
 import random
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from timm.task import evaluation_sample_limit
 from timm.utils import AverageMeter, dispatch_clip_grad, distribute_bn, random_seed, unwrap_model
 from tqdm import tqdm
 
-from lab.cli import UserError
+from lab.cli import UserError, explained
 from lab.training.divergence import all_finite, diverged
 from lab.training.prepared import Prepared
+from lab.training.runs import DAMAGE, measure
 from timm_sugar.diagnostics import track_activations
 
 
@@ -51,7 +52,7 @@ class Run(Prepared):
             row["lr"] = sum(group["lr"] for group in groups) / len(groups)
             if self.folder:
                 self.folder.saver.args = self.checkpoint_args()
-                self.folder.save(epoch, row, row.get(f"eval_{self.args.eval_metric}", row["train_loss"]))
+                self.folder.save(epoch, row, row[measure(self.args)])
             if self.scheduler:
                 self.scheduler.step(epoch + 1)
 
@@ -86,16 +87,23 @@ class Run(Prepared):
         bar = tqdm(self.train_loader, f"epoch {epoch}", leave=False, disable=args.rank > 0 or not sys.stderr.isatty())
         for i, (x, y) in enumerate(bar):
             done = i // args.grad_accum_steps  # updates in this epoch
-            losses.update(self.train_one_batch(x, y, i, epoch), len(x))
+            with self.trial():
+                losses.update(self.train_one_batch(x, y, i, epoch), len(x))
             if not self.completes_update(i):
                 continue
             done += 1
+            self.tried = True
             self.after_update(epoch * self.updates + done)
             speed = losses.count * args.world_size / (time.time() - start)
             bar.set_postfix_str(f"loss {losses.avg:.4f}, {speed:.0f} img/s", refresh=False)
             if self.folder and bar.disable and (done % args.log_interval == 0 or done == self.updates):
                 self.folder.log(f"epoch {epoch} update {done}/{self.updates} loss {losses.avg:.4f} {speed:.0f} img/s")
         return self.gather(losses.avg) if args.distributed else losses.avg
+
+    def trial(self) -> AbstractContextManager[None]:
+        """Around the batches of the first update, where options, model and a restored state meet for the first time."""
+        origin = f" with the state in {self.restored}" if self.restored else ""
+        return nullcontext() if self.tried else explained(f"can't make the first update{origin}", *DAMAGE)
 
     def completes_update(self, batch: int) -> bool:
         """Whether the weights change after this batch of the epoch."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import pickle
 import struct
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,11 @@ def find_checkpoint(resume: Path | None) -> Path | None:
     return None
 
 
+def measure(args: argparse.Namespace) -> str:
+    """The column of summary.csv in which the best checkpoint is best."""
+    return f"eval_{args.eval_metric}" if args.val_split else "train_loss"
+
+
 def is_saved(folder: Path) -> bool:
     """Whether the last save was not cut short: the curves are drawn after the checkpoints are in place."""
     last, curves = folder / _LAST, folder / "curves.png"
@@ -47,8 +53,11 @@ def load_file(path: Path) -> Any:
 
     Raises ValueError where the content differs from its SHA-256, and what torch.load raises.
     """
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # whose message would tell users to let the file execute code
+        raise ValueError("it is damaged, no file of torch.save, or holds more than tensors and plain values") from None
     check_seal(state)
     return state
 
@@ -59,13 +68,30 @@ def read_checkpoint(path: Path, model: str | None) -> dict[str, Any]:
         state = load_file(path)
     if not isinstance(state, dict) or not {"state_dict", "optimizer", "epoch"} <= state.keys():
         raise UserError(f"{path} is not a training checkpoint (no optimizer state); use it as --initial-checkpoint")
-    kinds = {"state_dict": dict, "optimizer": dict, "epoch": int, "saver": dict, "arch": str}
+    kinds = {
+        "state_dict": dict,
+        "optimizer": dict,
+        "epoch": int,
+        "saver": dict,
+        "arch": str,
+        "args": argparse.Namespace,
+    }
     odd = [name for name, kind in kinds.items() if not isinstance(state.get(name, kind()), kind)]
     if odd or state["epoch"] < 0:
         raise UserError(f"{path} is not a training checkpoint: its {', '.join(odd) or 'epoch'} can't be used")
     if model and state.get("arch", model).split(".")[0] != model.split(".")[0]:
         raise UserError(f"{path} is a checkpoint of {state['arch']}, not of {model}")
     return state
+
+
+def check_unchanged(state: dict[str, Any], args: argparse.Namespace, path: Path, folder: Path) -> None:
+    """Raises UserError if a checkpoint comes from options that can't change where a run goes on in `folder`."""
+    before = argparse.Namespace(**vars(args) | vars(state.get("args") or argparse.Namespace()))
+    if before.opt != args.opt:
+        raise UserError(f"{path} has the state of --opt {before.opt}, not {args.opt}: use it as --initial-checkpoint")
+    if measure(before) != measure(args) and path.parent.resolve() == folder.resolve():
+        chosen = f"the best checkpoint was chosen by {measure(before)}, not by {measure(args)}"
+        raise UserError(f"{path.parent}: {chosen}; add --experiment to go on in another folder")
 
 
 def read_summary(folder: Path, epochs: int) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +34,36 @@ def build_model(args: argparse.Namespace) -> nn.Module:
     }
     if args.pretrained_path:  # num_classes=-1 makes timm fit the head to the data
         kwargs["pretrained_cfg_overlay"] = {"file": args.pretrained_path, "num_classes": -1}
+    for option in ("initial_checkpoint", "pretrained_path"):
+        check_file(f"--{option.replace('_', '-')}", getattr(args, option))
     with explained(f"can't create model {args.model}", *DAMAGE):
-        if Path(args.initial_checkpoint).suffix in (".tar", ".pth", ".pt"):
-            load_file(Path(args.initial_checkpoint))  # timm doesn't compare the SHA-256
         kwargs = resolve_model_input_args(args.model, vars(args), **kwargs)
         model: Any = create_model(pretrained=args.pretrained, checkpoint_path=args.initial_checkpoint, **kwargs)
         scale_head(model, args.head_init_scale, args.head_init_bias)
         if args.grad_checkpointing:
             model.set_grad_checkpointing(enable=True)
-    args.num_classes = model.num_classes
+        args.num_classes = model.num_classes
     return model
+
+
+def check_file(option: str, name: str | None) -> None:
+    """Raises UserError for a file of weights that isn't there or isn't whole; timm doesn't compare the SHA-256."""
+    if name and not Path(name).is_file():
+        raise UserError(f"{option} {name}: no such file")
+    if name and Path(name).suffix not in (".safetensors", ".npz", ".npy"):
+        with explained(f"{option} {name} is not a whole checkpoint", *DAMAGE):
+            load_file(Path(name))
+
+
+@torch.no_grad()
+def check_outputs(model: Any, size: Sequence[int], device: torch.device) -> None:
+    """Raises UserError for a model that doesn't give each class a number, for an image of `size`."""
+    training = model.training
+    with explained(f"this model can't classify images of size {' x '.join(map(str, size))}", *DAMAGE):
+        output = model.to(device).eval()(torch.zeros(1, *size, device=device))
+        if output.shape != (1, model.num_classes):
+            raise ValueError(f"it has {model.num_classes} classes, but its output the shape {tuple(output.shape)}")
+    model.train(training)
 
 
 @torch.no_grad()
@@ -131,6 +152,15 @@ def build_optimizer(args: argparse.Namespace, model: Any, updates: int) -> tuple
     if getattr(optimizer, "is_second_order", False):
         raise UserError(f"--opt {args.opt} needs second derivatives, which are not computed here: choose another")
     return optimizer, schedule, epochs
+
+
+def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
+    """Load an optimizer's state, but for the settings that it was built with: options may have changed them."""
+    counted = ("params", "lookahead_step")  # what changes, of all that an optimizer of timm is built with
+    built = [{key: value for key, value in group.items() if key not in counted} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, settings in zip(optimizer.param_groups, built, strict=True):
+        group.update(settings)
 
 
 def check_betas(args: argparse.Namespace) -> None:
