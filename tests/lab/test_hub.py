@@ -154,11 +154,37 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "train_args.yaml").write_text("a: !!python/object/apply:os.system ['true']"),
         "can't write the card",
     ),
+    "model_args that are none": (lambda f: edit_config(f, lambda c: c.update(model_args=5)), "can't be checked"),
+    "a model that loads another file": (
+        lambda f: edit_config(f, lambda c: c["sugar"]["model_args"].update(checkpoint_path="/etc/hostname")),
+        "model_args.checkpoint_path is no argument of a model",
+    ),
+    "a model that downloads": (
+        lambda f: edit_config(f, lambda c: c["sugar"]["model_args"].update(pretrained=True)),
+        "model_args.pretrained is no argument of a model",
+    ),
+    "an empty recipe": (lambda f: (f / "train_args.yaml").write_text(""), "can't write the card"),
+    "a recipe that is a list": (lambda f: (f / "train_args.yaml").write_text("- x"), "can't write the card"),
+    "numbers without their columns": (
+        lambda f: (f / "results.csv").write_text("weights,top1,top5\nfloat16,90.0,99.0\n"),
+        "can't write the card",
+    ),
+    "a cell without an end": (lambda f: (f / "results.csv").write_text("a\n" + 200_000 * "x"), "can't read"),
     "a linked log": (lambda f: link_log(f), "train.log is a link"),
     "a token in the log": (
         lambda f: (f / "train.log").write_text("HF_TOKEN=hf_" + 34 * "a"),
         "train.log holds what looks like a token",
     ),
+    **{
+        f"a secret, {text[:12]}": (
+            lambda f, text=text: (f / "train.log").write_text(f"at {text} now"),
+            "train.log holds what looks like a token",
+        )
+        for text in (
+            *("x_hf_" + 34 * "a", "github_pat_" + 60 * "b", "glpat-" + 20 * "c", "xoxb-" + 24 * "1", "sk-" + 40 * "d"),
+            *("-----BEGIN RSA PRIVATE KEY-----", "s3://me:pass@host/data", "AKIA" + 16 * "E"),
+        )
+    },
     "a picture that is a page": (lambda f: (f / "curves.png").write_text("<html>"), "curves.png is not a picture"),
     "a log that is no text": (lambda f: (f / "train.log").write_bytes(b"\xff\xfe\x00"), "train.log is not text"),
     "torn weights": (

@@ -10,12 +10,15 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import TemplateError
 
 from lab.cli import explained
+from lab.training.runs import DAMAGE
 from timm_sugar.models._weights import ORG, WEIGHTS
 from timm_sugar.models.sugar import ALIASES, SUFFIX
 
 CARD, CONFIG, RECIPE, RESULTS = "README.md", "config.json", "train_args.yaml", "results.csv"
+ODD = (*DAMAGE, csv.Error, TemplateError)  # what files of another form raise beside the usual
 TWIN = "ReLU twin"  # the row of results of the plain network
 TEMPLATE = Path(__file__).with_name("card.md")
 SURROGATES = {"bsilu": "B-SiLU", "nelu": "NeLU", "elu": "ELU", "selu": "SELU", "gelu": "GELU", "silu": "SiLU"}
@@ -55,7 +58,7 @@ DATASETS = {
 
 def read_results(folder: Path) -> list[dict[str, str]]:
     """The measurements of a folder; the first row is that of its weights. Raises UserError if there are none."""
-    with explained(f"can't read {folder / RESULTS}"), open(folder / RESULTS, newline="") as file:
+    with explained(f"can't read {folder / RESULTS}", *ODD), open(folder / RESULTS, newline="") as file:
         rows = list(csv.DictReader(file))
         if not rows:
             raise ValueError("no rows")
@@ -64,7 +67,7 @@ def read_results(folder: Path) -> list[dict[str, str]]:
 
 def card(folder: Path) -> str:
     """The text of a folder's README.md. Raises UserError if a file that it is made from is missing or damaged."""
-    with explained(f"can't write the card of {folder}"):
+    with explained(f"can't write the card of {folder}", *ODD):
         config = json.loads((folder / CONFIG).read_text())
         recipe = yaml.safe_load((folder / RECIPE).read_text())
         size = (folder / WEIGHTS).stat().st_size

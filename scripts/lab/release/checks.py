@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,16 @@ from PIL import Image
 from torch import Tensor
 
 from lab.cli import UserError, explained
-from lab.release.card import CARD, CONFIG, card
+from lab.release.card import CARD, CONFIG, ODD, card
 from lab.release.stage import FILES
 from timm_sugar.models._weights import MODEL_CARDS, WEIGHTS, WEIGHTS_FILE, describe
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".tar")
 _TEXTS = (".md", ".json", ".yaml", ".csv", ".log")
-_SECRETS = re.compile(r"\b(hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[0-9A-Z]{16})\b")
+_SECRETS = re.compile(
+    r"(?<![A-Za-z0-9])((hf|api_org|gh[pousr]|github_pat)_\w{20,}|AKIA[0-9A-Z]{16}|(glpat|xox[abp]|sk)-[\w-]{20,})"
+    r"|PRIVATE KEY-----|://[^/\s:@]+:[^/\s:@]+@"
+)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
 LARGEST_IMAGE, MOST_CLASSES = 4096, 100_000  # pixels a side
 
@@ -34,9 +38,11 @@ def check(folder: Path) -> None:
     of model_cards/ whose tag says something else.
     """
     check_files(folder)
-    config = check_config(folder)
-    check_model(folder, config, check_weights(folder))
-    if (folder / CARD).read_text() != card(folder):
+    with explained(f"{folder} can't be checked", *ODD):
+        config = check_config(folder)
+        check_model(folder, config, check_weights(folder))
+        text = card(folder)
+    if (folder / CARD).read_text() != text:
         raise UserError(f"{folder / CARD} is out of date: run scripts/publish.py cards")
     if folder.resolve().parent == MODEL_CARDS:  # the project's own
         entry = json.loads(WEIGHTS_FILE.read_text()).get(folder.name)
@@ -77,6 +83,9 @@ def check_config(folder: Path) -> dict[str, Any]:
             raise ValueError("model_args and pretrained_cfg must be objects")
         if not isinstance(labels, list) or not isinstance(config["architecture"], str):
             raise ValueError("label_names must be a list and architecture a name")
+    for arguments in (config["sugar"]["model_args"], config.get("model_args") or {}):
+        if taken := sorted(arguments.keys() & signature(timm.create_model).parameters.keys()):
+            raise UserError(f"{path}: model_args.{taken[0]} is no argument of a model: remove it")
     if not cfg.get("license"):
         raise UserError(f"{path} names no licence: add pretrained_cfg.license")
     size, classes = cfg.get("input_size"), config.get("num_classes")
