@@ -35,7 +35,7 @@ import torch
 from lab.bench.cost import COUNT, environment, record, summarize
 from lab.bench.timing import calls_for, count_compilation, in_new_process, interleave, stopwatch
 from lab.bench.variants import ALTERNATIVES, INSTALLED, OWN, describe, make_activation
-from lab.bench.workloads import Workload, activation_pass, backward_loops
+from lab.bench.workloads import ACTIVATION_PASSES, Workload, backward_loops
 from lab.cli import KeyValues, Parser, UserError, choose_device, explained
 
 from timm_sugar._places import is_activation
@@ -101,14 +101,14 @@ def measure_activation(args: argparse.Namespace) -> None:
     for dtype in args.dtypes:
         for exponent in args.exponents:
             x, upstream = torch.randn(2, 2**exponent, device=args.device).to(getattr(torch, dtype))
-            passes = {variant: activation_pass(module, x, upstream) for variant, module in activations.items()}
-            watches = {
-                variant: stopwatch(work, args.device, calls_for(work, args.device, args.least))
-                for variant, work in passes.items()
-            }
-            samples = interleave(watches, args.repeats)
             setting = {"subject": "activation", "dtype": dtype, "processes": 1, "axis": "elements", "size": 2**exponent}
-            report(args, setting, "pass", "s", samples)
+            for metric, make in ACTIVATION_PASSES.items():
+                passes = {variant: make(module, x, upstream) for variant, module in activations.items()}
+                watches = {
+                    variant: stopwatch(work, args.device, calls_for(work, args.device, args.least))
+                    for variant, work in passes.items()
+                }
+                report(args, setting, metric, "s", interleave(watches, args.repeats))
     if not args.compile and "TORCH_COMPILE_DISABLE" not in os.environ:
         command = [sys.executable, __file__, *args.argv]
         subprocess.run(command, env=os.environ | {"TORCH_COMPILE_DISABLE": "1"}, check=True)

@@ -69,6 +69,8 @@ def times_derivative(direction: Tensor, x: Tensor, surrogate: str, values: list[
 
 def prepare(x: Tensor, surrogate: str, values: list[float]) -> None:
     """Compile in the forward pass what `times_derivative` will want for x, so that all backward passes are alike."""
+    if x.numel() <= _WORTHWHILE:  # the usual reason, told fast
+        return
     if x.numel() > _compiled_from(x) and x.device.type in _DEVICES and not _torch.in_dispatch_mode():
         compiled_gradient(Kind.of(x, surrogate), values)
 

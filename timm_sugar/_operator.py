@@ -35,31 +35,35 @@ _scheduled_operator = torch.ops.timm_sugar.relu_scheduled.default
 uses_relu_gradient: ContextVar[bool] = ContextVar("uses_relu_gradient", default=False)
 
 
+Setting = tuple[str | None, list[float]]  # the surrogate, or None for ReLU's own derivative, and its parameters
+
+
 def _gradient(ctx: Any, direction: Tensor) -> Tensor:
     """direction * derivative at the saved x: the surrogate's, or ReLU's own for None."""
     (x,) = ctx.saved_tensors
-    if ctx.surrogate is None:
+    surrogate, values = ctx.setting
+    if surrogate is None:
         return direction * ~(x <= 0)  # as F.relu: 0 at 0, and NaN lets the gradient through
-    return times_derivative(direction, x, ctx.surrogate, ctx.values)
+    return times_derivative(direction, x, surrogate, values)
 
 
 class _EagerFunction(torch.autograd.Function):
     """ReLU with another derivative, in eager mode. (Without setup_context, which costs 20 microseconds a call.)"""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, surrogate: str | None, values: list[float]) -> Tensor:
-        ctx.surrogate, ctx.values = surrogate, values
+    def forward(ctx: Any, x: Tensor, setting: Setting) -> Tensor:
+        ctx.setting = setting
         ctx.save_for_backward(x)
         if _torch.in_forward_mode(x):
             ctx.save_for_forward(x)
         return torch.relu(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _gradient(ctx, grad), None, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _gradient(ctx, grad), None
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
         return _gradient(ctx, tangent)
 
 
@@ -69,12 +73,12 @@ class _TransformedFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, surrogate: str | None, values: list[float]) -> Tensor:
+    def forward(x: Tensor, setting: Setting) -> Tensor:
         return torch.relu(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.surrogate, ctx.values = inputs
+        x, ctx.setting = inputs
         ctx.save_for_backward(x)
 
     backward = _EagerFunction.backward
@@ -92,8 +96,8 @@ class _OperatorFunction(_torch.SingleLevelFunction or torch.autograd.Function): 
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, _, surrogate, ctx.values, _ = inputs
-        ctx.surrogate = None if uses_relu_gradient.get() else surrogate
+        x, _, surrogate, values, _ = inputs
+        ctx.setting = None if uses_relu_gradient.get() else surrogate, values
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
 
@@ -152,7 +156,7 @@ def _check(x: Tensor) -> None:
     """Raise TypeError for what is no real floating-point tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"sugar() needs a tensor, not {type(x).__name__}")
-    if not x.is_floating_point():
+    if not x.dtype.is_floating_point:
         what = "real floating-point tensor"
         if x.is_quantized:
             raise TypeError(f"sugar() needs a {what}, not a quantised one: call timm_sugar.to_relu(model) before")
@@ -176,6 +180,8 @@ def _recomputed(operator: Any, *arguments: Any) -> Tensor:
 
 
 def _apply_eagerly(x: Tensor, surrogate: str, values: list[float]) -> Tensor:
+    if not x.dtype.is_floating_point:
+        _check(x)
     recorded = torch.is_grad_enabled() and (x.requires_grad or not _torch.can_nest)  # which may hide it
     if not recorded and not _torch.in_forward_mode(x):
         return F.relu(x)
@@ -184,21 +190,24 @@ def _apply_eagerly(x: Tensor, surrogate: str, values: list[float]) -> Tensor:
         raise TypeError(f"sugar() has no gradient for a tensor of layout {layout}: call it on the values inside")
     prepare(x, surrogate, values)
     function = _EagerFunction if _torch.can_nest else _TransformedFunction
-    return function.apply(x, None if uses_relu_gradient.get() else surrogate, values)
+    return function.apply(x, (None if uses_relu_gradient.get() else surrogate, values))
 
 
 def apply(x: Tensor, surrogate: str, values: list[float], formula: str) -> Tensor:
     """relu(x) with the surrogate's gradient, by the cheapest way that keeps it: what `sugar` and `SUGAR` call."""
     if not torch.jit.is_scripting():  # alone, so that TorchScript skips what it can't compile
+        is_compiling = torch.compiler.is_dynamo_compiling()
+        if not is_compiling and _torch.is_eager(x):
+            return _apply_eagerly(x, surrogate, values)
         if isinstance(x, torch.fx.Proxy):  # has no dtype, and its graph may run with gradients later
             return torch.ops.timm_sugar.relu(x, surrogate, values, formula)  # TorchScript knows no `.default`
         _check(x)
-        if torch.compiler.is_dynamo_compiling():
+        if is_compiling:
             if not _is_recorded(x):
                 return F.relu(x)
             if not _torch.is_exporting() and not _torch.in_transform():  # which takes no checkpoint
                 return _recomputed(_operator, x, surrogate, values, formula)
-        elif _torch.is_eager(x) or x.layout != torch.strided or x.is_nested:
+        elif x.layout != torch.strided or x.is_nested:
             return _apply_eagerly(x, surrogate, values)
         elif not _is_recorded(x):
             return F.relu(x)

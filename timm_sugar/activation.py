@@ -180,10 +180,9 @@ class SUGAR(nn.Module):
 
     def _relu(self, x: Tensor, save_memory: bool) -> Tensor:
         if not torch.jit.is_scripting():  # alone, so that TorchScript skips what it can't compile
-            if not torch.compiler.is_compiling():
-                if save_memory:
-                    return _apply_sharing(x, self.surrogate, self.values, self.formula, self.scope, self)
-            elif self.run_time is not None and not _torch.is_exporting():
+            if save_memory and not torch.compiler.is_compiling():
+                return _apply_sharing(x, self.surrogate, self.values, self.formula, self.scope, self)
+            if self.run_time is not None and torch.compiler.is_compiling() and not _torch.is_exporting():
                 return apply_scheduled(x, self.surrogate, self.run_time, self.formula)
         return apply(x, self.surrogate, self.values, self.formula)
 

@@ -241,9 +241,9 @@ def test_the_exported_graph_is_that_of_inference_with_relu() -> None:
     assert len(re.findall(r"batch_norm\.default\]\(.*, (?:training = )?False, 0\.1, 1e-05", graph)) > 5  # eval mode
 
 
-def rows_of(samples: dict[str, list[float]], **setting: object) -> list[dict[str, str]]:
+def rows_of(samples: dict[str, list[float]], metric: str = "step", **setting: object) -> list[dict[str, str]]:
     """Rows as one run makes them."""
-    return cost.summarize(setting, "step", "s", samples, dict.fromkeys(samples, ""), ENVIRONMENT)
+    return cost.summarize(setting, metric, "s", samples, dict.fromkeys(samples, ""), ENVIRONMENT)
 
 
 def test_a_row_takes_the_place_of_the_one_with_the_same_settings(tmp_path: Path) -> None:
@@ -310,11 +310,12 @@ def test_activations_are_measured_with_and_without_a_compiler(tmp_path: Path) ->
     options = ["--exponents", "6", "8", "--least", "0", "--dtypes", "float32", "--repeats", "2"]
     assert script.main(["activation", *options, "--variants", "relu", "sugar", "--output", str(tmp_path)]) == 0
     rows = columns(tmp_path / "benchmark_activation.csv")
-    found = [(row["mode"], row["size"], row["variant"]) for row in rows]
+    found = [(row["mode"], row["size"], row["metric"], row["variant"]) for row in rows]
     assert found == [
-        (mode, size, variant)
+        (mode, size, metric, variant)
         for mode in ("eager", "eager, no compiler")
         for size in ("64", "256")
+        for metric in ("pass", "recorded")
         for variant in ("relu", "sugar")
     ]
     assert {row["to_relu"] for row in rows if row["variant"] == "relu"} == {"1.0000"}
@@ -435,12 +436,15 @@ def test_tables_show_ratios_slopes_and_each_machine(tmp_path: Path) -> None:
     for size, factor in ((2**16, 2.0), (2**20, 3.0)):
         samples = {"relu": [1.0 * size] * 3, "sugar": [factor * size, 2.0 * size, 5.0 * size]}
         setting = {"subject": "activation", "mode": "eager", "dtype": "float32", "axis": "elements", "size": size}
-        cost.record(tmp_path / "benchmark_activation.csv", rows_of(samples, **setting))
+        cost.record(tmp_path / "benchmark_activation.csv", rows_of(samples, "pass", **setting))
+        alone = rows_of({"relu": [2.0], "sugar": [14.0]}, "recorded", **setting)
+        cost.record(tmp_path / "benchmark_activation.csv", alone)
     setting = {"subject": "net", "mode": "compile", "batch_size": 8, "img_size": 224}
     cost.record(tmp_path / "benchmark_model.csv", rows_of({"own": [4.0], "relu": [2.0], "sugar": [3.0]}, **setting))
     text = cost.tables(tmp_path)
     assert "| eager, float32, 2^16 | 2.00 (2.00–3.50) |" in text
     assert "| eager, float32, 2^20 | 3.00 (2.50–4.00) |" in text
+    assert text.count("| 7.00 |") == 2, "the forward pass alone stands in a table of its own"
     assert "| net, 8 × 224 px | training step, compile | 2.00 | 1.50 | 0.75 |" in text
     slope = 1 + np.log(1.5) / np.log(16)
     ends = "2.00 (2.00–3.50) | 3.00 (2.50–4.00)"

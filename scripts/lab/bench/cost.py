@@ -52,6 +52,10 @@ METRICS = {
     "tensors": "most bytes in tensors during a step",
     "forward": "inference",
 }
+ACTIVATIONS = {
+    "pass": "activation, forward + backward",
+    "recorded": "activation, forward alone, in training",
+}
 AXES = {
     "elements": "elements",
     "batch": "images in a batch",
@@ -147,7 +151,7 @@ def _groups(rows: Iterable[Row], keys: Sequence[str]) -> dict[tuple[str, ...], l
     return groups
 
 
-def activation_table(rows: list[Row], what: str, sizes: Sequence[int] = (16, 20, 24)) -> str:
+def activation_table(rows: list[Row], what: str, sizes: Sequence[int] = (12, 16, 20, 24)) -> str:
     """Time of one activation for 2**k elements against ReLU; `what`: of which pass."""
     rows = [row for row in rows if row["size"] in {str(2**k) for k in sizes}]
     there = {row["variant"] for row in rows} - {"relu"}
@@ -209,10 +213,13 @@ def tables(results: Path) -> str:
         where = f"{device}, {threads} of {cores} cores" if device == "cpu" else device
         parts.append(f"{processor} ({where}), torch {version}; time or bytes as ratios, median (quartiles):")
         alike = [row for row in found if row["threads"] == threads]
-        both = "activation, forward + backward"
-        parts.append(activation_table([row for row in alike if row["file"] == "activation"], both))
+        activations = [row for row in alike if row["file"] == "activation"]
+        for metric, title in ACTIVATIONS.items():
+            if passes := [row for row in activations if row["metric"] == metric]:
+                parts.append(activation_table(passes, title))
         if loops := [row for row in found if row["file"] == "backward"]:  # of a CPU
             parts.append(activation_table(loops, "the loop of the backward pass alone, one thread"))
         parts.append(model_table([row for row in alike if row["file"] in names[2:5]]))
-        parts.append(growth_table([row for row in found if row["file"] in ("activation", "growth")]))
+        whole = [row for row in activations if row["metric"] == "pass"]
+        parts.append(growth_table([*whole, *(row for row in found if row["file"] == "growth")]))
     return "\n\n".join(parts) if parts else "Not measured yet."

@@ -30,6 +30,20 @@ def activation_pass(activation: Callable[[Tensor], Tensor], x: Tensor, upstream:
     return work
 
 
+def recorded_forward(activation: Callable[[Tensor], Tensor], x: Tensor, upstream: Tensor) -> Callable[[], None]:
+    """The forward pass of one activation alone, as autograd records it in training; x: any shape."""
+    x = x.detach().requires_grad_()
+
+    def work() -> None:
+        activation(x)
+
+    return work
+
+
+# By metric. A small network on a GPU waits for what a forward call costs in Python.
+ACTIVATION_PASSES = {"pass": activation_pass, "recorded": recorded_forward}
+
+
 def backward_loops(x: Tensor, upstream: Tensor, sugar: SUGAR) -> dict[str, Callable[[], Tensor]]:
     """The loops over memory that backward passes are, and, compiled as SUGAR's is, two that do a part of its work: a
     product with x, and one with an exponential of x. x, upstream: dense, one-dimensional, of a CPU, of one dtype;
