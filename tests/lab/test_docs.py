@@ -204,21 +204,36 @@ def test_pictures_are_those_that_the_script_draws(tmp_path: Path) -> None:
             torch.testing.assert_close(old[name], new[name], atol=0.01, rtol=0)
 
 
-def test_hooks_and_workflow_call_what_exists() -> None:
+def test_hooks_and_workflows_call_what_exists() -> None:
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
-    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
-    steps = [step["run"] for job in workflow["jobs"].values() for step in job["steps"] if "run" in step]
-    commands = [shlex.split(line) for line in [*steps, *(hook["entry"] for hook in hooks)]]
-    assert ["make", "test"] in commands
+    workflows = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / ".github" / "workflows").glob("*.yml")}
+    assert set(workflows) == {"ci", "docs", "release"}
+    jobs = [job for workflow in workflows.values() for job in workflow["jobs"].values()]
+    scripts = [step["run"] for job in jobs for step in job["steps"] if "run" in step]
+    lines = [line for script in scripts for line in script.strip().splitlines()]
+    commands = [shlex.split(line) for line in [*lines, *(hook["entry"] for hook in hooks)]]
     assert [".ci/run"] in commands
     stages = re.search(r"^stages=\((.*)\)", (ROOT / ".ci" / "run").read_text(), flags=re.MULTILINE)
     assert stages
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     for program, *arguments in commands:
         if program == ".ci/run":
             assert set(arguments) <= set(stages[1].split())
-        else:
-            assert (program, arguments[0]) == ("make", "test")
+        elif program == "make":
+            assert arguments[0] in targets
             assert all((ROOT / name).is_file() for name in re.findall(r"tests/\S+", " ".join(arguments)))
+        elif program == "python":
+            assert arguments[:2] in (["-m", name] for name in ("pip", "pytest", "build", "twine"))
+        else:
+            assert program in ("mkdir", "cp", "cd", "test")
+
+
+def test_the_workflow_runs_the_tests_of_the_library_on_each_system() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    matrix = workflow["jobs"]["tests"]["strategy"]["matrix"]
+    systems = {*matrix["os"], *(extra["os"] for extra in matrix["include"])}
+    assert systems == {"ubuntu-latest", "macos-latest", "windows-latest"}
+    assert all((ROOT / name).is_dir() for name in [*matrix["tests"], *(extra["tests"] for extra in matrix["include"])])
 
 
 def test_ci_run_refuses_an_unknown_stage_before_it_installs_anything() -> None:
