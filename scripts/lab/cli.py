@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import io
 import math
 import pickle
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +50,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, **options: Any) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=prog, allow_abbrev=False, formatter_class=formatter, **options)
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal can't show ends no run, as on stderr
+            sys.stdout.reconfigure(errors="backslashreplace")
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit; of an error from a loader process only the last line is the message."""

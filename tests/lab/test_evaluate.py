@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ import timm
 import torch
 from lab.training.runs import load_file
 from PIL import Image
-from scripting import TINY, error_line, load_script, make_images
+from scripting import SCRIPTS, TINY, error_line, load_script, make_images
 from timm.data import create_transform
 from timm.models import save_for_hf
 
@@ -158,3 +162,15 @@ def test_more_classes_than_outputs_and_a_broken_image(
     assert f"can't read image {broken}" in error_line(evaluate.main, [*argv, str(images)], capsys)
     assert evaluate.main([*argv, str(images), "--skip-broken-images"]) == 0
     assert f"skipped image {broken}" in caplog.text
+
+
+def test_names_that_the_terminal_cannot_show_end_no_script(run: Path, data: Path, tmp_path: Path) -> None:
+    """A folder with umlauts, and an output that takes ASCII alone."""
+    named = shutil.copytree(run, tmp_path / "lauf ö")
+    argv = ["--checkpoint", str(named), "--data-dir", str(data), "--device", "cpu", "-j", "0"]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(SCRIPTS.parent)}
+    command = [sys.executable, str(SCRIPTS / "evaluate.py"), *argv]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    assert r"lauf \xf6" in done.stdout
+    assert "top-1" in done.stdout

@@ -107,7 +107,7 @@ class RunFolder:
     def log(self, line: str) -> None:
         """Print a line, and add it to train.log."""
         print(line, flush=True)
-        with self.saving(), open(self.path / "train.log", "a") as file:
+        with self.saving(), open(self.path / "train.log", "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line + "\n")
 
     @property
