@@ -9,7 +9,7 @@ A run belongs to the recipe that its folder is named after. Its row has the last
 split, how many epochs it ran of those that the recipe asks for, and what it ran on. A newer run replaces an older one.
 
 A page says where a table belongs by two marks, <!-- NAME --> and <!-- /NAME -->. NAME is recipes, models, evidence,
-benchmark or costs. Each model card also gets a page of docs/, in docs/cards/.
+benchmark, costs, acceptance or replay. Each model card also gets a page of docs/, in docs/cards/.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 from lab.bench import cost
 from lab.cli import Parser, UserError, as_options, choose_device, explained
-from lab.experiments import evidence
+from lab.experiments import evidence, outside
 from lab.files import environment, markdown_table, read_rows, write_atomically, write_rows
 from lab.release.card import CONFIG, SURROGATES, TWIN, read_results
 from lab.training.options import build_parser
@@ -168,6 +168,8 @@ def tables(results: dict[str, dict[str, Any]], page: Path) -> dict[str, Callable
         "benchmark": lambda: cost.tables(RESULTS.parent),
         "costs": lambda: costs_table(RESULTS.parent),
         "evidence": lambda: evidence.overview(RESULTS.parent),
+        "acceptance": lambda: outside.acceptance(RESULTS.parent),
+        "replay": lambda: outside.replay(RESULTS.parent),
     }
 
 

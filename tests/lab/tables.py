@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -46,6 +47,11 @@ def rows_of(numbers: Mapping[str, Mapping[int, float]]) -> list[dict[str, str]]:
 def final(table: Table, variant: str, seed: int) -> Key:
     """The key of a final run of a table that isn't tuned."""
     return Key("final", variant, rate(table.settings(Key("final", variant, "", seed)).get("lr")), seed)
+
+
+def places(folder: Path, data: Path, output: str = "o") -> list[str]:
+    """The options of scripts/reproduce.py that say where everything is, for a test in `folder`."""
+    return ["--output", str(folder / output), "--results", str(folder / "r"), "--data-dir", str(data)]
 
 
 def record_of(run: Any, top1: float | None = 60.0) -> None:

@@ -28,7 +28,7 @@ from PIL import Image, ImageChops
 from safetensors.torch import save_file
 from scipy import stats
 from scripting import SCRIPTS, error_line, load_script, make_images
-from tables import BUILT_IN, OWN, TINY, final, networks, record_of, reproduce, rows_of
+from tables import BUILT_IN, OWN, TINY, final, networks, places, record_of, reproduce, rows_of
 from torch import nn
 
 from timm_sugar import SUGAR, surrogate
@@ -262,7 +262,7 @@ def test_only_and_seeds_choose_a_part_and_earlier_rows_stay(
     tiny: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Run, "train", fake_train)
-    shared = [str(tiny), "--output", str(tmp_path / "o"), "--results", str(tmp_path / "r"), "--data-dir", str(data)]
+    shared = [str(tiny), *places(tmp_path, data)]
 
     def ran(*options: str) -> list[tuple[str, str]]:
         assert reproduce.main([*shared, *options]) == 0
@@ -284,10 +284,10 @@ def test_rows_that_the_table_would_not_make_again_go(
     tiny: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(Run, "train", fake_train)
-    shared = [str(tiny), "--results", str(tmp_path / "r"), "--data-dir", str(data), "--seeds", "1"]
-    assert reproduce.main([*shared, "--output", str(tmp_path / "o")]) == 0
+    shared = [str(tiny), *places(tmp_path, data), "--seeds", "1"]
+    assert reproduce.main(shared) == 0
     tiny.write_text(TINY.replace("lr: 0.05", "lr: 0.01"))
-    assert "other settings" in error_line(reproduce.main, [*shared, "--output", str(tmp_path / "o")], capsys)
+    assert "other settings" in error_line(reproduce.main, shared, capsys)
     assert reproduce.main([*shared, "--output", str(tmp_path / "p"), "--only", "relu"]) == 0
     assert [row["variant"] for row in read_rows(tmp_path / "r" / "tiny.csv")] == ["relu"]
     assert {row["variant"] for row in read_rows(tmp_path / "r" / "tiny_epochs.csv")} == {"relu"}
@@ -348,7 +348,7 @@ def test_a_run_whose_process_outlived_a_kill_is_not_started_twice(
     monkeypatch.setattr(reproduce.time, "sleep", lambda seconds: (orphan.kill(), orphan.wait()))
     with run.locked() as lock:
         orphan = subprocess.Popen(["sleep", "60"], pass_fds=(lock,))
-    options = ["--output", str(tmp_path / "o"), "--results", str(tmp_path / "r"), "--data-dir", str(data)]
+    options = places(tmp_path, data)
     try:
         assert reproduce.main([str(tiny), *options]) == 0
     finally:

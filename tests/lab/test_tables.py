@@ -8,6 +8,7 @@ import pytest
 import yaml
 from lab.bench.cost import COLUMNS
 from lab.cli import UserError
+from lab.experiments import outside
 from lab.files import write_rows
 from lab.release.stage import Run, add_twin
 from scripting import load_script
@@ -64,6 +65,20 @@ def test_the_short_table_of_costs_takes_its_numbers_from_the_rows(tmp_path: Path
     write_rows(tmp_path / "benchmark_model.csv", [other, row], COLUMNS)
     lines = tables.costs_table(tmp_path).splitlines()
     assert lines[2:4] == ["| resnet18, 8 × 224 px: training step, eager | 1.50 (1.25–1.75) | 1.00 |", ""]
+
+
+def test_figures_of_acceptance_and_replay_are_counted_from_the_rows(tmp_path: Path) -> None:
+    assert outside.acceptance(tmp_path) == outside.replay(tmp_path) == "Not run yet."
+    versions = {"timm": "1.0", "torch": "2.9"}
+    ran = [("vit", 7, 1, 0), ("vit", 5, 0, 2), ("resnet", 1, 0, 0)]
+    columns = ("family", "passed", "failed", "skipped")
+    rows = [dict(zip(columns, row, strict=True)) | versions for row in ran]
+    write_rows(tmp_path / "acceptance.csv", rows, (*columns, *versions))
+    assert outside.acceptance(tmp_path).splitlines()[-1] == "| 3 | 2 | 13 | 1 | 2 | 1.0 | 2.9 |"
+    cases = [{"source": f"a/b#{i}", "case": "x", "outcome": o} | versions for i, o in enumerate(("right", "wrong: y"))]
+    write_rows(tmp_path / "replay.csv", cases, cases[0].keys())
+    *_, line, _, summary = outside.replay(tmp_path).splitlines()
+    assert (line, summary) == ("| `a/b#1` | x | wrong: y |", "2 cases, 1 wrong; timm 1.0, torch 2.9.")
 
 
 def test_a_row_has_the_last_epoch_and_the_command_that_repeats_it(run: Path) -> None:

@@ -15,7 +15,7 @@ from lab.experiments.table import Key, Table, Tune, load_table
 from lab.experiments.tuning import tuning_of
 from lab.files import read_rows
 from scripting import error_line, make_images
-from tables import TINY, record_of, reproduce
+from tables import TINY, places, record_of, reproduce
 
 TUNED = (
     TINY + "tune: {lr: [0.1, 0.2, 0.4], seeds: [50], held_out: 2, options: {epochs: 2}}\nprimary: sugar-bsilu - relu\n"
@@ -43,8 +43,7 @@ def start(tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
             record_of(self, score(self.key))
 
         monkeypatch.setattr(Run, "train", train)
-        places = ["--output", str(tmp_path / output), "--results", str(tmp_path / "r"), "--data-dir", str(data)]
-        assert reproduce.main([str(tuned), *places, *options]) == 0
+        assert reproduce.main([str(tuned), *places(tmp_path, data, output), *options]) == 0
         return ran
 
     return do
@@ -184,8 +183,7 @@ def test_the_run_that_a_pending_row_starts_from_is_made_first_though_results_has
     start = "{initial_checkpoint: '" + str(tmp_path / "o") + "/first/relu-{seed}/last.pth.tar'}"
     (tmp_path / "first.yaml").write_text(TINY)
     (tmp_path / "next.yaml").write_text(f"base: first\ntitle: Next\noptions: {start}\n")
-    places = ["--output", str(tmp_path / "o"), "--results", str(tmp_path / "r"), "--data-dir", str(tmp_path)]
-    first, following = ([str(tmp_path / name), *places] for name in ("first.yaml", "next.yaml"))
+    first, following = ([str(tmp_path / name), *places(tmp_path, tmp_path)] for name in ("first.yaml", "next.yaml"))
     assert reproduce.main(first) == 0
     shutil.rmtree(tmp_path / "o")
     ran.clear()
