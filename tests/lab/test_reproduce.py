@@ -400,6 +400,8 @@ def test_a_run_that_fails_ends_with_a_line(tiny: Path, tmp_path: Path, capfd: py
         ("title: x\nbaseline: relu\nvariants: {gelu: {}}\n", "the baseline 'relu' is none of its variants"),
         ("title: x\nbaseline: relu\nvariants: {relu: {}}\nepochs: 3\n", "unknown key 'epochs'"),
         ("title: x\nbaseline: relu\n", "variants"),
+        ("title: x\nbaseline: relu\nvariants: {relu: {}}\noptions: {lr: 1e-3}\n", "the rate '1e-3' is text"),
+        (TINY + "tune: {lr: [1e-3, 1e-2], seeds: [50], held_out: 2}\n", "the rate '1e-3' is text"),
         ("- relu\n", "expected 'key: value' lines"),
         ("a: [\n", "can't read"),
     ],

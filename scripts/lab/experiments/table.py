@@ -65,7 +65,7 @@ class Tune:
     options: dict[str, Any] = field(default_factory=dict)  # over those of the table
 
     def __post_init__(self) -> None:
-        if len(self.lr) < 2 or sorted(set(self.lr)) != self.lr or self.lr[0] <= 0:
+        if len(list(map(rate, self.lr))) < 2 or sorted(set(self.lr)) != self.lr or self.lr[0] <= 0:
             raise ValueError(f"the grid of tune must be two or more rates above 0, lowest first, not {self.lr}")
         if not self.seeds or self.held_out < 1:
             raise ValueError("tune needs one or more seeds, and held_out of at least 1")
@@ -173,7 +173,9 @@ class Table:
 
 
 def rate(lr: float | None) -> str:
-    """A learning rate as it stands in results and in names of folders."""
+    """A learning rate as it stands in results and in names of folders. Raises ValueError for what is no number."""
+    if isinstance(lr, str):
+        raise ValueError(f"the rate {lr!r} is text: in YAML a power of ten needs a point, as in 1.0e-3")
     return "" if lr is None else f"{lr:.6g}"
 
 
@@ -205,7 +207,9 @@ def load_table(name: str) -> Table:
     with explained(f"{path} is not a table"):
         if values.get("tune"):
             values["tune"] = Tune(**values["tune"])
-        return Table(path.stem, **values, folder=path.parent)
+        table = Table(path.stem, **values, folder=path.parent)
+        table.final_keys()  # raises for settings that are none
+        return table
 
 
 def _read(path: Path) -> dict[str, Any]:
