@@ -10,6 +10,7 @@
     python scripts/benchmark.py inference --model mobilenetv3_small_100
     python scripts/benchmark.py memory --model swin_tiny_patch4_window7_224 --variants relu sugar:surrogate=nelu
     python scripts/benchmark.py growth --axes batch depth
+    python scripts/benchmark.py deploy                      # in onnxruntime and OpenVINO, int8, too
 
 Variants are measured in turns in one process and compared within it. Rows go to --output, benchmark_COMMAND.csv, each
 in the place of the one with the same settings; `scripts/tables.py` and `scripts/figures.py` make the tables
@@ -20,10 +21,12 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import os
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +40,7 @@ from lab.bench.timing import calls_for, count_compilation, in_new_process, inter
 from lab.bench.variants import ALTERNATIVES, INSTALLED, OWN, describe, make_activation
 from lab.bench.workloads import ACTIVATION_PASSES, Workload, backward_loops
 from lab.cli import KeyValues, Parser, UserError, choose_device, explained
+from lab.deploy.runtimes import open_file
 
 from timm_sugar._places import is_activation
 
@@ -45,6 +49,11 @@ MODELS = ("resnet18", "convnext_tiny", "swin_tiny_patch4_window7_224")
 DEPTHS = ("resnet18", "resnet50", "resnet101")
 OF_ACTIVATIONS = ("relu", "gelu", "sugar", *ALTERNATIVES, *(["x-mlps"] if INSTALLED else []))
 OF_MODELS = (OWN, "relu", "sugar")
+# Networks of the smooth families: SiLU, Hardswish, GELU.
+DEPLOYED = (
+    *("efficientnet_b0", "mobilenetv3_large_100", "mobilenetv3_small_100", "rexnet_100"),
+    *("convnext_atto", "edgenext_xx_small", "levit_128", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224"),
+)
 AXES = ("batch", "pixels", "depth", "processes")
 MMAP_THRESHOLD = "MALLOC_MMAP_THRESHOLD_"  # glibc's: from how many bytes on freed memory goes back at once
 DTYPES = ("float32", "bfloat16", "float16")
@@ -80,7 +89,7 @@ def report(
 ) -> None:
     """Record one measurement of all variants, and print it. `surrogates`: what to say of each, if not describe()'s."""
     surrogates = surrogates or {variant: describe(variant, args.model_kwargs) for variant in samples}
-    whole = dict(setting) | {"mode": mode(args)}
+    whole = {"mode": mode(args)} | dict(setting)
     rows = summarize(whole, metric, unit, samples, surrogates, environment(args.device, args.line))
     what = ", ".join(str(value) for value in whole.values() if value != "")
     for row in rows:
@@ -247,6 +256,30 @@ def count_activations(work: Workload) -> int:
         return sum(map(is_activation, replace(work, device="meta").model(OWN).modules()))
 
 
+def measure_deploy(args: argparse.Namespace) -> None:
+    """The `deploy` command: latency in onnxruntime and OpenVINO, in float32 and int8, own activations against ReLU."""
+    from lab.bench import deploy  # needs the extra `deploy`
+
+    for base in args.model:
+        with tempfile.TemporaryDirectory() as folder, explained(f"--model {base}"):
+            own, pixels = deploy.own_activations(base), deploy.pixels_of(base)
+            files = deploy.deployed_files(base, Path(folder))
+            cases = itertools.product(deploy.RUNTIMES, files, args.threads_each, args.batch_sizes)
+            for runtime, dtype, threads, batch in cases:
+                torch.set_num_threads(threads)  # which rows take down
+                images = deploy.random_images(batch, pixels)
+                runs = {variant: open_file(path, threads, runtime) for variant, path in files[dtype].items()}
+                works = {variant: functools.partial(run, images) for variant, run in runs.items()}
+                watches = {
+                    variant: stopwatch(work, "cpu", calls_for(work, "cpu", args.least))
+                    for variant, work in works.items()
+                }
+                setting = {"subject": base, "dtype": dtype, "batch_size": batch, "img_size": pixels, "processes": 1}
+                setting |= {"mode": f"{runtime} {deploy.RUNTIMES[runtime]}"}
+                surrogates = {OWN: own, "relu": ""}
+                report(args, setting, "latency", "s", interleave(watches, args.repeats), surrogates)
+
+
 def measure_all(args: argparse.Namespace) -> None:
     """The `all` command: each part is a process, and its rows are on disk when it ends."""
     passed = ["--output", str(args.output)]
@@ -328,6 +361,15 @@ def build_parser() -> Parser:
     add = command("memory", measure_memory, "peak memory of a process that trains")
     of_models(add, (MODELS[0], MODELS[2]), 3, 8)
     add("--steps", type=positive, default=3, metavar="N", help="of training (default: %(default)s)")
+
+    networks = "timm's (default: nine of SiLU, Hardswish and GELU)"
+    add = command("deploy", measure_deploy, "latency in onnxruntime and OpenVINO, own activations against ReLU",
+                  compile=False, model_kwargs={})  # fmt: skip
+    add("--model", nargs="+", default=DEPLOYED, metavar="NAME", help=networks)
+    add("--threads-each", nargs="+", type=positive, default=(1, 2), metavar="N", help="(default: 1 2)")
+    add("--batch-sizes", nargs="+", type=positive, default=(1, 8), metavar="N", help="(default: 1 8)")
+    add("--repeats", type=positive, default=15, metavar="N", help="(default: %(default)s)")
+    add("--least", type=float, default=5e-2, metavar="S", help="seconds of one measurement (default: %(default)s)")
 
     add = command("growth", measure_growth, "how the time of a step grows")
     of_models(add, MODELS[:1], 8, 16, 64)

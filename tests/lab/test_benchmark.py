@@ -431,6 +431,22 @@ def test_a_users_mistake_is_one_line(options: list[str], word: str, capsys: pyte
     assert word in error_line(script.main, options, capsys)
 
 
+def test_deployment_is_measured_in_each_runtime_and_number_format(tmp_path: Path) -> None:
+    options = ["--model", "test_efficientnet", "--repeats", "2", "--least", "0", "--threads-each", "1"]
+    assert script.main(["deploy", *options, "--batch-sizes", "1", "--output", str(tmp_path)]) == 0
+    rows = columns(tmp_path / "benchmark_deploy.csv")
+    cases = [(row["mode"].split()[0], row["dtype"], row["variant"], row["surrogate"]) for row in rows]
+    assert cases == [
+        (runtime, dtype, *variant)
+        for runtime in ("onnxruntime", "openvino")
+        for dtype in ("float32", "int8")
+        for variant in (("own", "SiLU"), ("relu", ""))
+    ]
+    text = cost.deploy_table(tmp_path)
+    assert text.count("\n| test_efficientnet, 160 px | SiLU |") == 1
+    assert all(cost.cell(row) in text for row in rows if row["variant"] == "own")
+
+
 def test_tables_show_ratios_slopes_and_each_machine(tmp_path: Path) -> None:
     assert cost.tables(tmp_path) == "Not measured yet."
     for size, factor in ((2**16, 2.0), (2**20, 3.0)):

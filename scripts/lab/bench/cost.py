@@ -203,6 +203,24 @@ def growth_table(rows: list[Row]) -> str:
     return markdown_table(head, body)
 
 
+def deploy_table(results: Path) -> str:
+    """Latency of each network with its own activations over that with ReLU: one image, one thread."""
+    rows = [
+        row for row in read_rows(results / "benchmark_deploy.csv") if (row["batch_size"], row["threads"]) == ("1", "1")
+    ]
+    if not rows:
+        return "Not measured yet."
+    own = [row | {"ratio": cell(row)} for row in rows if row["variant"] == OWN]
+    columns = list(dict.fromkeys((row["mode"], row["dtype"]) for row in own))
+    body = []
+    for (subject, activations, pixels), group in _groups(own, ("subject", "surrogate", "img_size")).items():
+        cells = {(row["mode"], row["dtype"]): row["ratio"] for row in group}
+        body.append([f"{subject}, {pixels} px", activations, *(cells.get(column, "") for column in columns)])
+    head = ["network", "its own activation", *(f"{mode}, {dtype}" for mode, dtype in columns)]
+    where = f"{rows[0]['machine']}, torch {rows[0]['torch']}"
+    return f"{markdown_table(head, body)}\n\n{where}; own activation / ReLU, median (quartiles)."
+
+
 def tables(results: Path) -> str:
     """All tables in Markdown, for each machine that there are rows of in `results`."""
     names = ("activation", "backward", "model", "memory", "inference", "growth")
