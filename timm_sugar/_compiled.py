@@ -91,7 +91,7 @@ def _used_from(x: Tensor) -> int:
 
 
 def _is_plain(x: Tensor, direction: Tensor) -> bool:
-    """Whether two tensors are ordinary ones in the memory of one device, x without gaps, that nothing records."""
+    """Whether two tensors are ordinary ones of one device, x without gaps, and nothing differentiates them."""
     return (
         _torch.is_ordinary_memory(x, direction)
         and (x.dtype, x.shape, x.device) == (direction.dtype, direction.shape, direction.device)
@@ -99,6 +99,7 @@ def _is_plain(x: Tensor, direction: Tensor) -> bool:
         and x.numel() < _INDEXABLE
         and torch.ops.aten.is_non_overlapping_and_dense.default(x)
         and not torch.is_grad_enabled()
+        and not _torch.has_tangent(x, direction)  # dual numbers are ordinary tensors in all other respects
     )
 
 

@@ -115,6 +115,11 @@ def in_forward_mode(x: Tensor) -> bool:
     return forward_ad.unpack_dual(x).tangent is not None
 
 
+def has_tangent(*tensors: Tensor) -> bool:
+    """Whether one of the tensors has a tangent at the open level of forward-mode differentiation."""
+    return in_forward_mode(tensors[0]) and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)
+
+
 def records_graph() -> bool:
     """Whether somebody traces a graph of operations to keep (make_fx, run_decompositions), not to run it at once."""
     if torch.onnx.is_in_onnx_export():

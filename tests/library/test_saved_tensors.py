@@ -17,7 +17,9 @@ from typing import Any
 import pytest
 import timm
 import torch
+import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
+from fgi import injected
 from lab.bench.timing import count_compilation
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -476,6 +478,20 @@ def test_what_a_caller_received_is_not_shared(replaced: list[Any]) -> None:
     backbone = timm.create_model("mobilenetv3_small_050_sugar")
     backbone.forward_head(backbone.forward_features(images()))
     assert not replaced
+
+
+def test_forward_mode_over_the_backward_pass_of_a_model_that_shares_memory() -> None:
+    """A pre-activation would give the value ReLU's tangent, not the surrogate's."""
+    x, tangents = torch.linspace(-1, 1, 18, dtype=torch.float64).view(3, 6), []
+    for act in (sugar, injected):
+        torch.manual_seed(0)
+        a, b, c = (nn.Linear(6, 6).double() for _ in range(3))
+        with forward_ad.dual_level():
+            h = act(a(forward_ad.make_dual(x, torch.ones_like(x))))
+            loss = c(act(b(h))).square().sum()
+            grads = torch.autograd.grad(loss, [b.weight, c.weight])
+            tangents.append([forward_ad.unpack_dual(grad).tangent for grad in grads])
+    torch.testing.assert_close(*tangents, rtol=1e-9, atol=1e-11)
 
 
 def test_a_call_that_raised_is_over(replaced: list[Any]) -> None:

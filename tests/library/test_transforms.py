@@ -76,13 +76,24 @@ def dual(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return tangent
 
 
-def forward_over_reverse(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def forward_over_reverse(f: Callable[[Tensor], Tensor], x: Tensor, create_graph: bool = True) -> Tensor:
     with forward_ad.dual_level():
         leaf = forward_ad.make_dual(x.clone().requires_grad_(), torch.ones_like(x))
-        (grad,) = torch.autograd.grad(f(leaf), leaf, create_graph=True)
+        (grad,) = torch.autograd.grad(f(leaf), leaf, create_graph=create_graph)
         tangent = forward_ad.unpack_dual(grad).tangent
     assert tangent is not None
     return tangent.detach()
+
+
+def forward_over_the_backward_pass(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """As forward_over_reverse, but the level is opened after the forward pass, and gradients aren't recorded."""
+    leaf = x.clone().requires_grad_()
+    y = f(leaf)
+    with forward_ad.dual_level():
+        (grad,) = torch.autograd.grad(y, leaf, forward_ad.make_dual(torch.ones_like(y), 3 * torch.ones_like(y)))
+        tangent = forward_ad.unpack_dual(grad).tangent
+    assert tangent is not None
+    return tangent
 
 
 def reverse_over_forward(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -119,6 +130,8 @@ TRANSFORMS: dict[str, Case] = {
     "autograd_hessian": lambda f, x: torch.autograd.functional.hessian(f, x),
     "dual": dual,
     "forward_over_reverse": forward_over_reverse,
+    "forward_over_reverse_alone": lambda f, x: forward_over_reverse(f, x, create_graph=False),
+    "forward_over_the_backward_pass": forward_over_the_backward_pass,
     "reverse_over_forward": reverse_over_forward,
     "func_grad_of_a_dual": func_grad_of_a_dual,
 }
@@ -131,6 +144,17 @@ def test_nested_transforms_have_the_derivatives_of_forward_gradient_injection(tr
     expected = take(make(injected), X)
     same(take(make(sugar), X), expected)
     same(take(make(torch.fx.symbolic_trace(SUGAR())), X), expected)  # the operator
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_activations_that_are_large_enough_to_be_compiled(
+    transform: str, function: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_compiled, "_CHUNK", 0)
+    monkeypatch.setattr(_compiled, "_WORTHWHILE", 0)
+    take, make = TRANSFORMS[transform], FUNCTIONS[function]
+    same(take(make(sugar), X), take(make(injected), X))
 
 
 @pytest.mark.parametrize("name", NAMES)
