@@ -166,7 +166,7 @@ def tables(results: dict[str, dict[str, Any]], page: Path) -> dict[str, Callable
         "recipes": lambda: table(results),
         "models": lambda: models_table(link=link),
         "benchmark": lambda: cost.tables(RESULTS.parent),
-        "deploy": lambda: cost.deploy_table(RESULTS.parent),
+        "deploy": lambda: cost.deploy_table(RESULTS.parent, 5 if page == README else None),
         "costs": lambda: costs_table(RESULTS.parent),
         "evidence": lambda: evidence.overview(RESULTS.parent),
         "acceptance": lambda: outside.acceptance(RESULTS.parent),

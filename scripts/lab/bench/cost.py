@@ -203,8 +203,8 @@ def growth_table(rows: list[Row]) -> str:
     return markdown_table(head, body)
 
 
-def deploy_table(results: Path) -> str:
-    """Latency of each network with its own activations over that with ReLU: one image, one thread."""
+def deploy_table(results: Path, most: int | None = None) -> str:
+    """Latency with a network's own activations over that with ReLU: one image, one thread; `most`: networks."""
     rows = [
         row for row in read_rows(results / "benchmark_deploy.csv") if (row["batch_size"], row["threads"]) == ("1", "1")
     ]
@@ -213,7 +213,8 @@ def deploy_table(results: Path) -> str:
     own = [row | {"ratio": cell(row)} for row in rows if row["variant"] == OWN]
     columns = list(dict.fromkeys((row["mode"], row["dtype"]) for row in own))
     body = []
-    for (subject, activations, pixels), group in _groups(own, ("subject", "surrogate", "img_size")).items():
+    groups = _groups(own, ("subject", "surrogate", "img_size"))
+    for (subject, activations, pixels), group in list(groups.items())[:most]:
         cells = {(row["mode"], row["dtype"]): row["ratio"] for row in group}
         body.append([f"{subject}, {pixels} px", activations, *(cells.get(column, "") for column in columns)])
     head = ["network", "its own activation", *(f"{mode}, {dtype}" for mode, dtype in columns)]
