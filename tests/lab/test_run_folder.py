@@ -213,6 +213,24 @@ def test_odd_content_is_one_line(moved: Path, key: str, value: Any, capsys: pyte
     assert str(moved) in line
 
 
+@pytest.mark.parametrize("name", ["../outside.txt", "args.yaml", "last.pth.tar", "{tmp_path}/archive/outside.txt"])
+def test_a_checkpoint_cannot_have_other_files_deleted(
+    moved: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """timm's saver deletes what its history lists, once there are better checkpoints; a checkpoint has that history."""
+    (moved.parent / "outside.txt").write_text("not of this run")
+    path = moved / "last.pth.tar"
+    state = load_file(path)
+    del state["saver"]["sha256"]
+    state["saver"]["checkpoint_files"] = [(name.format(tmp_path=tmp_path), -1.0)]
+    torch.save(state, path)
+    before = contents(moved)
+    argv = ["--resume", str(moved), "--epochs", "2", "--checkpoint-hist", "1"]
+    assert "is no checkpoint of a run" in error_line(train.main, argv, capsys)
+    assert contents(moved) == before | {"args.yaml": contents(moved)["args.yaml"], ".lock": b""}
+    assert (moved.parent / "outside.txt").read_text() == "not of this run"
+
+
 @pytest.mark.parametrize(
     "text", ["epoch,train_loss\n0,abc\n", "x,y\n1,2\n", "epoch,train_loss\n0\n", "epoch,train_loss\n0,1,2\n"]
 )

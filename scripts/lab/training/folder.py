@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -72,6 +73,9 @@ class RunFolder:
         if start:
             history = history if self.resumed else {}  # the best of a fork is one of its own epochs
             with explained(f"what {self.resume} says about other checkpoints can't be used", *DAMAGE), self.saving():
+                for name, _ in history.get("checkpoint_files", ()):  # which the saver deletes when better ones come
+                    if not re.fullmatch(r"checkpoint-\d+\.pth\.tar", name):
+                        raise ValueError(f"{name!r} is no checkpoint of a run")
                 metric = history.get("pending", (None, None))[1]
                 saver.load_state_dict({**history, "pending": (None, None)})
                 for known in (metric, saver.best_metric, *(value for _, value in saver.checkpoint_files)):
