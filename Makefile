@@ -10,7 +10,6 @@
 PYTHON ?= python3
 TESTS ?= tests
 JOBS ?= 2
-
 MARK ?= not slow
 
 VENV := .venv
