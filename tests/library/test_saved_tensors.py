@@ -496,6 +496,7 @@ def test_what_a_caller_received_is_not_shared(replaced: list[Any]) -> None:
     assert not replaced
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
 def test_forward_mode_over_the_backward_pass_of_a_model_that_shares_memory() -> None:
     """A pre-activation would give the value ReLU's tangent, not the surrogate's."""
     x, tangents = torch.linspace(-1, 1, 18, dtype=torch.float64).view(3, 6), []
