@@ -10,6 +10,7 @@
 PYTHON ?= python3
 TESTS ?= tests
 JOBS ?= 2
+
 MARK ?= not slow
 
 VENV := .venv

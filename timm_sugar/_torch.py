@@ -1,8 +1,7 @@
 """Every private name of PyTorch's that this package uses, each looked up so that none of them has to be there.
 
 What a release lacks costs speed, memory sharing or a transform (which then raises), and one line of the log says so; it
-never costs the surrogate's gradient. Nothing else in the package may import a private name. Ranges of releases say what
-was found in 2.6.0, 2.8.0, 2.10.0 and 2.14.1.
+never costs the surrogate's gradient. Nothing else in the package may import a private name.
 
 TorchScript and dynamo read functions of this file, so there is no `from __future__ import annotations`.
 """
@@ -57,27 +56,27 @@ def _resolve(path: str) -> Any:
 
 _TRANSFORMS = "forward mode under torch.func, and torch.func of a recorded graph"
 
-# torch 2.6 to 2.14. How a kernel of the dispatcher applies an autograd.Function.
+# torch 2.0 to 2.14. How a kernel of the dispatcher applies an autograd.Function.
 SingleLevelFunction: Any = _find("autograd.function._SingleLevelFunction", loss=_TRANSFORMS)
 _allow_single_level = _find("_functorch.utils.enable_single_level_autograd_function", loss=_TRANSFORMS)
-# torch 2.6 to 2.14. How such a kernel calls its own operator one level of torch.func further down.
+# torch 2.0 to 2.14. How such a kernel calls its own operator one level of torch.func further down.
 _in_transform = _find("_C._are_functorch_transforms_active", loss=_TRANSFORMS)
 _below_autograd = _find("_C._AutoDispatchBelowAutograd", loss=_TRANSFORMS)
 _set_forward_mode = _find("autograd.forward_ad._set_fwd_grad_enabled", loss=_TRANSFORMS)
 can_nest = None not in (*(SingleLevelFunction, _allow_single_level, _in_transform, _below_autograd, _set_forward_mode),)
 
-# torch 2.6 to 2.14. Without it, forward mode is looked for by unpacking each tensor.
+# torch 2.0 to 2.14. Without it, forward mode is looked for by unpacking each tensor.
 _has_forward_level = _find("autograd.forward_ad._current_level", loss="speed where gradients are off") is not None
-# torch 2.6 to 2.14. Without it, eager mode takes the longer way of a tracer.
+# torch 2.2 to 2.14. Without it, eager mode takes the longer way of a tracer.
 _is_in_dispatch_mode = _find("utils._python_dispatch.is_in_torch_dispatch_mode", loss="a short way in eager mode")
-# torch 2.6 to 2.14. Without them, a graph that was compiled or traced holds the operator where it could hold ReLU.
+# torch 2.1 to 2.14. Without them, a graph that was compiled or traced holds the operator where it could hold ReLU.
 _dispatch_mode = _find("_C._get_dispatch_mode", loss="ReLU itself in compiled graphs")
 _mode_keys = _find("_C._TorchDispatchModeKey", loss="ReLU itself in compiled graphs")
 _tracing_context = _find("_guards.TracingContext.try_get", loss="ReLU itself in compiled graphs")
-# torch 2.6 to 2.14. Without it, gradients are computed by the formula, whatever the size of a tensor.
+# torch 1.12 to 2.14. Without it, gradients are computed by the formula, whatever the size of a tensor.
 _dispatch_keys = _find("_C._dispatch_keys", loss="the fast gradient of large tensors")
 _plain_keys: dict[str, int] = {}  # those of an ordinary tensor, by type of device
-# torch 2.6 to 2.14. Without it, compiled autograd refuses what a traced graph recorded.
+# torch 2.1 to 2.14. Without it, compiled autograd refuses what a traced graph recorded.
 compiled_autograd_key: Any = _find(
     "autograd.Function._compiled_autograd_key", loss="compiled autograd of recorded graphs"
 )
@@ -89,25 +88,25 @@ _flag = _which(
 )
 _export_flag = None if _flag is None else _flag.rpartition(".")[2]
 
-# torch 2.6 to 2.14. It imports the compiler when it is first called, the public function at once.
+# torch 2.1 to 2.14. It imports the compiler when it is first called, the public function at once.
 _disable = _find("_disable_dynamo", loss="a fast import") or torch.compiler.disable
 
-# torch 2.6 to 2.14. The public function asks first whether TorchScript is compiling, which takes as long again.
+# torch 1.0 to 2.14. The public function asks first whether TorchScript is compiling, which takes as long again.
 _is_tracing = _find("_C._is_tracing", loss="a faster question in eager mode") or torch.jit.is_tracing
-# torch 2.6 to 2.14.
+# torch 1.0 to 2.14.
 _tracing_state = _find("_C._get_tracing_state", loss="torch.jit.trace's check of some traces")
 _set_tracing_state = _find("_C._set_tracing_state", loss="torch.jit.trace's check of some traces")
 
-# torch 2.6 to 2.14. Without it, diagnose counts a checkpointed layer twice.
+# torch 2.1 to 2.14. Without it, diagnose counts a checkpointed layer twice.
 _graph_task = _find("_C._current_graph_task_id", loss="one count of checkpointed layers in diagnose")
 
 _SHARING = "memory sharing"
-_default_hooks = _find("_C._autograd._top_saved_tensors_default_hooks", loss=_SHARING)  # torch 2.8 to 2.14, not 2.6
-_saved_data = _find("_C._autograd.SavedTensor.data", loss=_SHARING)  # torch 2.10 to 2.14, not 2.8
-_saved_hook = _find("_C._autograd.SavedTensor.unpack_hook", loss=_SHARING)  # torch 2.10 to 2.14, not 2.8
-StorageWeakRef: Any = _find("multiprocessing.reductions.StorageWeakRef", loss=_SHARING)  # torch 2.6 to 2.14
-TensorWeakRef: Any = _find("utils.weak.TensorWeakRef", loss=_SHARING)  # torch 2.6 to 2.14
-# torch 2.6 to 2.14: dictionaries that are filled in place.
+_default_hooks = _find("_C._autograd._top_saved_tensors_default_hooks", loss=_SHARING)  # torch 2.1 to 2.14
+_saved_data = _find("_C._autograd.SavedTensor.data", loss=_SHARING)  # torch 2.8 to 2.14
+_saved_hook = _find("_C._autograd.SavedTensor.unpack_hook", loss=_SHARING)  # torch 2.8 to 2.14
+StorageWeakRef: Any = _find("multiprocessing.reductions.StorageWeakRef", loss=_SHARING)  # torch 1.10 to 2.14
+TensorWeakRef: Any = _find("utils.weak.TensorWeakRef", loss=_SHARING)  # torch 2.0 to 2.14
+# torch 1.0 to 2.14: dictionaries that are filled in place.
 _global_hooks = _find("nn.modules.module._global_forward_hooks", loss=_SHARING)
 _global_pre_hooks = _find("nn.modules.module._global_forward_pre_hooks", loss=_SHARING)
 can_share = None not in (
@@ -272,8 +271,8 @@ class _Compiler(NamedTuple):
 @functools.cache
 def _compiler() -> _Compiler | None:
     found = _Compiler(
-        _find("_inductor.standalone_compile", loss=_COMPILED),  # torch 2.8 to 2.14, not 2.6
-        # torch 2.6 to 2.14.
+        _find("_inductor.standalone_compile", loss=_COMPILED),  # torch 2.8 to 2.14
+        # torch 2.6 to 2.14, and older.
         _find("_dynamo.config", loss=_COMPILED),
         _find("_subclasses.fake_tensor.FakeTensorMode", loss=_COMPILED),
         _find("_dynamo.source.ConstantSource", loss=_COMPILED),
@@ -339,7 +338,7 @@ def has_saved_tensors_hooks() -> bool:
 def repeats_trace_with_gradients() -> bool:
     """Whether torch.jit.trace is checking, as always without gradients, a graph that it recorded with them.
 
-    Reads the name of a function and of a variable of torch.jit._trace, as they are in torch 2.6 to 2.14; where they are
+    Reads the name of a function and of a variable of torch.jit._trace, as they are in torch 1.0 to 2.14; where they are
     others, the check of a trace fails, with an error.
     """
     paused = nullcontext() if None in (_tracing_state, _set_tracing_state) else _paused_trace()
@@ -364,7 +363,7 @@ def _locals(function: str, name: str) -> Iterator[Any]:
             yield frame.f_locals[name]
 
 
-# torch 2.6 to 2.14. Without them, sugarize(example=...) raises.
+# torch 2.6 to 2.14, and older. Without them, sugarize(example=...) raises.
 _EXAMPLES = "sugarize(example=...)"
 TorchDispatchMode: Any = _find("utils._python_dispatch.TorchDispatchMode", loss=_EXAMPLES)
 tree_leaves: Any = _find("utils._pytree.tree_leaves", loss=_EXAMPLES)
@@ -388,7 +387,7 @@ def in_backward_pass() -> bool:
 
 
 def forward_hooks(module: torch.nn.Module) -> tuple[dict[int, Any], dict[int, Any]]:
-    """The forward hooks and the forward pre-hooks of a module, as they are kept in torch 2.6 to 2.14."""
+    """The forward hooks and the forward pre-hooks of a module, as they are kept in torch 1.0 to 2.14."""
     return module._forward_hooks, module._forward_pre_hooks
 
 
@@ -415,7 +414,7 @@ def saved_names(kind: type) -> list[str]:
 def find_scripted_model() -> torch.nn.Module | None:
     """The model that torch.jit.script has been called with, if it is preparing one.
 
-    Reads the name of a function and of a variable of torch.jit._script, as they are in torch 2.6 to 2.14; where they
+    Reads the name of a function and of a variable of torch.jit._script, as they are in torch 1.8 to 2.14; where they
     are others, torch.jit.script raises for a model that shares memory.
     """
     model = next(_locals("call_prepare_scriptable_func", "obj"), None)
