@@ -36,7 +36,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # before torch is imported, whos
 
 import torch
 from lab.bench.cost import COUNT, environment, record, summarize
-from lab.bench.timing import calls_for, count_compilation, in_new_process, interleave, stopwatch
+from lab.bench.timing import count_compilation, in_new_process, interleave, stopwatch, stopwatches
 from lab.bench.variants import ALTERNATIVES, INSTALLED, OWN, describe, make_activation
 from lab.bench.workloads import ACTIVATION_PASSES, Workload, backward_loops
 from lab.cli import KeyValues, Parser, UserError, choose_device, explained
@@ -113,10 +113,7 @@ def measure_activation(args: argparse.Namespace) -> None:
             setting = {"subject": "activation", "dtype": dtype, "processes": 1, "axis": "elements", "size": 2**exponent}
             for metric, make in ACTIVATION_PASSES.items():
                 passes = {variant: make(module, x, upstream) for variant, module in activations.items()}
-                watches = {
-                    variant: stopwatch(work, args.device, calls_for(work, args.device, args.least))
-                    for variant, work in passes.items()
-                }
+                watches = stopwatches(passes, args.device, args.least)
                 report(args, setting, metric, "s", interleave(watches, args.repeats))
     if not args.compile and "TORCH_COMPILE_DISABLE" not in os.environ:
         command = [sys.executable, __file__, *args.argv]
@@ -139,7 +136,7 @@ def measure_backward(args: argparse.Namespace) -> None:
                 loops = backward_loops(x, upstream, sugar)
             except Exception as error:  # whatever may be wrong with a compiler
                 raise UserError(f"the loops can't be compiled: {type(error).__name__}: {error!s:.150}") from error
-            watches = {name: stopwatch(loop, "cpu", calls_for(loop, "cpu", args.least)) for name, loop in loops.items()}
+            watches = stopwatches(loops, "cpu", args.least)
             setting = {"subject": "backward loop", "dtype": dtype, "processes": 1, "size": 2**exponent}
             surrogates = dict.fromkeys(loops, "") | {"sugar": describe("sugar", args.model_kwargs)}
             report(args, setting, "pass", "s", interleave(watches, args.repeats), surrogates)
@@ -270,10 +267,7 @@ def measure_deploy(args: argparse.Namespace) -> None:
                 images = deploy.random_images(batch, pixels)
                 runs = {variant: open_file(path, threads, runtime) for variant, path in files[dtype].items()}
                 works = {variant: functools.partial(run, images) for variant, run in runs.items()}
-                watches = {
-                    variant: stopwatch(work, "cpu", calls_for(work, "cpu", args.least))
-                    for variant, work in works.items()
-                }
+                watches = stopwatches(works, "cpu", args.least)
                 setting = {"subject": base, "dtype": dtype, "batch_size": batch, "img_size": pixels, "processes": 1}
                 setting |= {"mode": f"{runtime} {deploy.RUNTIMES[runtime]}"}
                 surrogates = {OWN: own, "relu": ""}

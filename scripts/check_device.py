@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from lab.bench.device_checks import CHECKS, Skipped
-from lab.bench.timing import calls_for, interleave, most_bytes, ratios, spread, stopwatch
+from lab.bench.timing import interleave, most_bytes, ratios, spread, stopwatches
 from lab.bench.variants import make_activation
 from lab.bench.workloads import Workload, activation_pass
 from lab.cli import Parser, choose_device, explained, whole
@@ -50,7 +50,7 @@ def run_checks(device: torch.device) -> list[Row]:
 
 def measure(works: dict[str, Callable[[], Any]], device: str, repeats: int, setting: Row) -> Iterator[Row]:
     """Time and memory of variants, each over ReLU's of the same repeat."""
-    watches = {name: stopwatch(work, device, calls_for(work, device, 0.05)) for name, work in works.items()}
+    watches = stopwatches(works, device, 0.05)
     samples = interleave(watches, repeats)
     has_memory = torch.device(device).type != "mps"  # which doesn't tell its peak
     memory = {name: most_bytes(work, device) if has_memory else 0 for name, work in works.items()}

@@ -30,6 +30,7 @@ from lab.deploy.int8 import METHODS, quantize
 from lab.deploy.runtimes import Images, Run, open_file
 from lab.training.groups import n
 from lab.training.loading import add_options, load_model, open_loader
+from timm.data import resolve_data_config
 from timm.models import create_model
 from torch import nn
 from tqdm import tqdm
@@ -102,7 +103,7 @@ def write(
     args: argparse.Namespace, model: nn.Module, example: torch.Tensor, path: Path, batches: list[Images]
 ) -> dict[str, float]:
     """Write a model as the options say; returns the errors of int8 by method, the chosen one first."""
-    with explained(f"can't export to {path}", ImportError, Exception):
+    with explained(f"can't export to {path}", Exception):  # whatever an exporter raises
         if args.format != "onnx-int8":
             export(model, example, path, args.format)
             return {}
@@ -163,8 +164,6 @@ def run(args: argparse.Namespace) -> None:
 
 def image_size(args: argparse.Namespace, model: nn.Module) -> tuple[int, ...]:
     """Channels, height and width of an image, where no data set is opened."""
-    from timm.data import resolve_data_config
-
     return tuple(resolve_data_config(vars(args), model=model)["input_size"])
 
 

@@ -151,8 +151,8 @@ def test_nested_transforms_have_the_derivatives_of_forward_gradient_injection(tr
 def test_transforms_of_activations_that_are_large_enough_to_be_compiled(
     transform: str, function: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_compiled, "_CHUNK", 0)
-    monkeypatch.setattr(_compiled, "_WORTHWHILE", 0)
+    monkeypatch.setattr(_compiled, "_CHUNK", 1)
+    monkeypatch.setattr(_compiled, "_WORTHWHILE", 1)
     take, make = TRANSFORMS[transform], FUNCTIONS[function]
     same(take(make(sugar), X), take(make(injected), X))
 

@@ -95,6 +95,11 @@ def calls_for(work: Callable[[], object], device: str, least: float) -> int:
     return max(1, math.ceil(least / max(fastest, 1e-6)))
 
 
+def stopwatches(works: Mapping[str, Callable[[], object]], device: str, least: float) -> dict[str, Callable[[], float]]:
+    """A stopwatch for each of some works, with as many calls as take at least so many seconds."""
+    return {name: stopwatch(work, device, calls_for(work, device, least)) for name, work in works.items()}
+
+
 def kept_bytes(forward: Callable[[], object], device: str = "cpu") -> int:
     """Bytes that `forward` allocates and that are still there when it has returned: its result, and what it keeps for
     the backward pass, in whatever way (saved tensors, hooks, compiled code). Warm up first.
