@@ -264,7 +264,7 @@ def test_sigkill_in_the_middle_of_an_epoch_with_loader_processes(data: Path, tmp
     whole = run_script([script, *options(data, tmp_path, *more, experiment="whole")])
     killed = run_script([script, *options(data, tmp_path, *more, experiment="killed")])
     path = tmp_path / "killed" / "summary.csv"
-    deadline = time.time() + 60
+    deadline = time.time() + 300
     while not (path.exists() and len(path.read_text().splitlines()) >= 3) and time.time() < deadline:
         time.sleep(0.01)
     killed.send_signal(signal.SIGKILL)

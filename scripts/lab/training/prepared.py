@@ -127,7 +127,7 @@ class Prepared:
             if self.task.has_ema():
                 ema = state.get("state_dict_ema", state["state_dict"])
                 self.task.load_checkpoint_state(clean_state_dict(ema), ema=True)
-            load_optimizer(self.optimizer, state["optimizer"])
+            load_optimizer(self.optimizer, state["optimizer"], scheduled=self.scheduler is not None)
             if self.scaler and self.scaler.state_dict_key in state:
                 self.scaler.load_state_dict(state[self.scaler.state_dict_key])
         self.restored, start = path, state["epoch"] + 1

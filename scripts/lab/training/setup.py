@@ -154,9 +154,13 @@ def build_optimizer(args: argparse.Namespace, model: Any, updates: int) -> tuple
     return optimizer, schedule, epochs
 
 
-def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
-    """Load an optimizer's state, but for the settings that it was built with: options may have changed them."""
-    counted = ("params", "lookahead_step")  # what changes, of all that an optimizer of timm is built with
+def load_optimizer(optimizer: Any, state: dict[str, Any], scheduled: bool = False) -> None:
+    """Load an optimizer's state, but for the settings that it was built with: options may have changed them.
+
+    `scheduled`: whether a scheduler is about to set the rate, which is the state's until then.
+    """
+    # What changes, of all that an optimizer of timm is built with.
+    counted = ("params", "lookahead_step", *(["lr"] if scheduled else []))
     built = [{key: value for key, value in group.items() if key not in counted} for group in optimizer.param_groups]
     optimizer.load_state_dict(state)
     for group, settings in zip(optimizer.param_groups, built, strict=True):
