@@ -1,7 +1,7 @@
 # make quickstart   fine-tune pretrained SUGAR weights on scikit-learn's digits on the CPU and show what came out
 # make test         run the tests that a change needs first, on two cores
 # make test-all     run all tests
-# make test-torch   run the tests of the library with another torch: make test-torch TORCH=2.6.0
+# make test-torch   run the library's tests with another torch: make test-torch TORCH=2.6.0 (MARK= the slow ones, too)
 # make docs         build the pages of docs/ as a site in build/docs/
 # make clean        remove the environment and what the tools left
 #
@@ -10,8 +10,10 @@
 PYTHON ?= python3
 TESTS ?= tests
 JOBS ?= 2
+MARK ?= not slow
 
 VENV := .venv
+OTHER := .venv-torch-$(TORCH)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
@@ -47,12 +49,15 @@ test: $(VENV)/installed-test
 test-all: $(VENV)/installed-test
 	$(ONE_THREAD) $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(TESTS)
 
-# The wheel, not the checkout, in an environment of its own; nothing of the laboratory.
+# The wheel, not the checkout, in an environment of its own, from a copy of the tests beside nothing of the laboratory.
 test-torch:
 	@test -n "$(TORCH)" || { echo "make: error: name a version, e.g. make test-torch TORCH=2.6.0" >&2; exit 2; }
-	$(PYTHON) -m venv .venv-torch-$(TORCH)
-	.venv-torch-$(TORCH)/bin/python -m pip install --disable-pip-version-check "torch==$(TORCH)" . pytest pytest-xdist setuptools
-	$(ONE_THREAD) .venv-torch-$(TORCH)/bin/python -m pytest -n $(JOBS) --dist worksteal -p no:cacheprovider tests/library
+	test -x $(OTHER)/bin/python || $(PYTHON) -m venv $(OTHER)
+	$(OTHER)/bin/python -m pip install --disable-pip-version-check "torch==$(TORCH)" . pytest pytest-xdist setuptools
+	rm -rf $(OTHER)/check && mkdir -p $(OTHER)/check/tests
+	cp -r tests/conftest.py tests/library $(OTHER)/check/tests/ && cp pyproject.toml $(OTHER)/check/
+	cd $(OTHER)/check && $(ONE_THREAD) ../bin/python -m pytest -n $(JOBS) --dist worksteal -p no:cacheprovider -rs \
+		-m "$(MARK)" tests/library
 
 # A warning is an error.
 docs: $(VENV)/installed-docs

@@ -197,7 +197,12 @@ def _compile_and_check(kind: Kind, values: list[float], baked: tuple[float, ...]
         if baked is None and values:  # the formula asks for a number, as math.sqrt(alpha) does
             return None
         raise
-    kernel: Kernel = _torch.compile_graph(graph, examples)
+    try:
+        kernel: Kernel = _torch.compile_graph(graph, examples)
+    except KeyError:
+        if baked is None and values:  # torch 2.8 loses a number that isn't float64
+            return None
+        raise
     if _agrees(kernel, kind, values, baked):
         return kernel
     if baked is None and values:

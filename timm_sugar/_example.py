@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from timm_sugar import _torch
 from timm_sugar.activation import SUGAR
 
 _HIDDEN = {
@@ -25,7 +24,7 @@ _HIDDEN = {
 _NAMES = {packet: name for name, packet in _HIDDEN.items()}
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(_torch.TorchDispatchMode or object):  # type: ignore[misc]
     """Records what is computed outside SUGAR, and what is read of the inputs that SUGAR was given."""
 
     def __init__(self) -> None:
@@ -40,19 +39,19 @@ class _Watch(TorchDispatchMode):
         if not self.inside:
             if name := _NAMES.get(func.overloadpacket):
                 self.outside[self.stack[-1] if self.stack else ""].add(name)
-            for x in tree_leaves((args, kwargs)):
+            for x in _torch.tree_leaves((args, kwargs)):
                 if isinstance(x, Tensor) and (found := self.inputs.get(_storage(x))):
                     self.read_again.add(found[1])
         return func(*args, **(kwargs or {}))
 
 
 def _storage(x: Tensor) -> int:
-    return x.untyped_storage()._cdata if x.layout == torch.strided else 0
+    return _torch.storage_id(x) if x.layout == torch.strided else 0
 
 
 def call(model: nn.Module, example: Any) -> Any:
     """Call a model on an example, of which it gets a copy: a tensor, a tuple of arguments, or a dict of named ones."""
-    copied = torch.utils._pytree.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, example)
+    copied = _torch.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, example)
     if isinstance(copied, Mapping):
         return model(**copied)
     return model(*copied) if isinstance(copied, (tuple, list)) else model(copied)
@@ -94,7 +93,7 @@ def watch_example(model: nn.Module, example: Any, in_place: Mapping[nn.Module, s
     try:
         with inference(model), watch:
             output = call(model, example)
-        for x in tree_leaves(output):  # what is returned is read, too
+        for x in _torch.tree_leaves(output):  # what is returned is read, too
             if isinstance(x, Tensor) and (found := watch.inputs.get(_storage(x))):
                 watch.read_again.add(found[1])
     finally:
@@ -120,5 +119,5 @@ def _hooks(watch: _Watch, name: str, in_place: Mapping[nn.Module, str]) -> tuple
 
 def equal_outputs(one: Any, other: Any) -> bool:
     """Whether two outputs hold the same tensors, bit for bit but for NaN."""
-    pairs = zip(tree_leaves(one), tree_leaves(other), strict=True)
+    pairs = zip(_torch.tree_leaves(one), _torch.tree_leaves(other), strict=True)
     return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs if isinstance(a, Tensor))

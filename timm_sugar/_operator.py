@@ -116,6 +116,8 @@ class _OperatorFunction(_torch.SingleLevelFunction or torch.autograd.Function): 
 
 def _value(x: Tensor, grad_mode: bool, surrogate: str, values: list[Any], formula: str) -> Tensor:
     """relu(x) for the level of torch.func at which the operator was called: the levels below record the operator."""
+    if _torch.loses_tangents():
+        raise RuntimeError("this PyTorch compiles no dual numbers: call the function uncompiled in forward mode")
     if _torch.in_transform() or _torch.records_graph():
         if not _torch.can_nest:
             raise RuntimeError(f"this PyTorch can't record sugar(): it has no torch.{_torch.missing[0]}")
@@ -130,7 +132,7 @@ def _operator_for(values: list[Any]) -> Any:
 
 def _autograd_kernel(x: Tensor, surrogate: str, values: list[Any], formula: str) -> Tensor:
     grad_mode = torch.is_grad_enabled()
-    if not (grad_mode or _torch.in_forward_mode(x) or _torch.in_transform()):
+    if not (grad_mode or _torch.in_forward_mode(x) or _torch.in_transform() or _torch.is_in_compiler()):
         return _value(x, grad_mode, surrogate, values, formula)
     with _torch.allow_single_level():
         return _OperatorFunction.apply(x, grad_mode, surrogate, values, formula)
@@ -147,7 +149,7 @@ def _vmap_rule(
 
 
 for _name in ("relu", "relu_scheduled"):
-    _library.impl(_name, _autograd_kernel, "Autograd")
+    _library.impl(_name, _torch.leave_to_eager(_autograd_kernel), "Autograd")
     _library.impl(_name, _plain_kernel, "CompositeExplicitAutograd")
     torch.library.register_vmap(f"timm_sugar::{_name}", _vmap_rule, lib=_library)
 

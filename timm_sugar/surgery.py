@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from timm_sugar import _torch
 from timm_sugar._example import call, equal_outputs, inference, watch_example
 from timm_sugar._exchange import Change, New, exchange, one_new_for_each_old
 from timm_sugar._places import (
@@ -121,6 +122,8 @@ def _sugarize(
     parameters: dict[str, Any],
 ) -> list[Change]:
     """What `sugarize` does; returns the changes, in their order."""
+    if example is not None:
+        _torch.check_examples()
     places = [p for p in find_places(model, types) if filter_fn is None or filter_fn(p.activation, p.name)]
     _check_patterns(surrogate, [place.name for place in places])
     choose = {}

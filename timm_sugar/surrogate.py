@@ -112,7 +112,9 @@ def get_surrogate(surrogate: str | Surrogate, /, **parameters: Any) -> Surrogate
         raise ValueError(f"unknown surrogate {surrogate!r}; choose one of {', '.join(list_surrogates())}")
     if not parameters:
         return found
-    if unknown := sorted(parameters.keys() - found.parameters.keys()):
+    # torch.compile knows no keys() - keys() in torch 2.6 to 2.8.
+    unknown = sorted([key for key in parameters if key not in found.parameters])
+    if unknown:
         known = ", ".join(found.parameters) or "none"
         raise TypeError(f"surrogate {found.name!r} has no parameter {unknown[0]!r} (it takes: {known})")
     values = {key: _checked(found, key, parameters.get(key, value)) for key, value in found.parameters.items()}

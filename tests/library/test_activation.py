@@ -354,7 +354,8 @@ class Bank(nn.Module):
         self.scale = nn.Parameter(torch.linspace(0.5, 1.5, len(names), dtype=torch.float64))
         self.shift = nn.Parameter(torch.linspace(-0.3, 0.4, len(names), dtype=torch.float64))
 
-    def forward(self, x: Tensor) -> Tensor:
+    # No types: torch 2.6 and 2.8 pickle no graph with types as strings.
+    def forward(self, x):  # type: ignore[no-untyped-def]
         outputs = []
         for i, module in enumerate(self.activations):
             outputs.append(module(self.scale[i] * x + self.shift[i]))
@@ -364,7 +365,8 @@ class Bank(nn.Module):
 class FunctionalBank(Bank):
     """The same with `sugar` called as a function."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    # No types: torch 2.6 and 2.8 pickle no graph with types as strings.
+    def forward(self, x):  # type: ignore[no-untyped-def]
         outputs = []
         for i, name in enumerate(NAMES):
             outputs.append(sugar(self.scale[i] * x + self.shift[i], name, **SETTINGS[name]))

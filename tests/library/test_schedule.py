@@ -127,6 +127,7 @@ def test_backward_pass_has_the_values_of_its_forward_pass() -> None:
     torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], slope(x, alpha=1.0), **EXACT)
 
 
+@pytest.mark.needs_compiled_gradient
 @pytest.mark.parametrize("surrogate", [name for name, parameters in SETTINGS.items() if parameters])
 def test_eager_mode_compiles_nothing_for_new_values(surrogate: str, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[torch.dtype] = []

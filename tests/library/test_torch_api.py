@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,38 +13,48 @@ import pytest
 import timm_sugar
 from timm_sugar import _torch
 
-NAMES = sorted(
-    node.args[0].value  # type: ignore[attr-defined]
+CALLS = [
+    [argument.value for argument in node.args]  # type: ignore[attr-defined]
     for node in ast.walk(ast.parse(Path(_torch.__file__).read_text()))
-    if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "_find"
-)
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("_find", "_which")
+    if all(isinstance(argument, ast.Constant) for argument in node.args)
+]
+NAMES = sorted(",".join(paths) for paths in CALLS)  # each with what other releases call it
 
 PROGRAM = """
-import importlib, logging, sys
+import builtins, importlib, json, logging, sys
 import torch
-hidden = sys.argv[1]
+hidden, calls = sys.argv[1], json.loads(sys.argv[2])
+def find(path):
+    owner, found, name = None, torch, ""
+    for name in path.split("."):
+        if not hasattr(found, name):
+            importlib.import_module(f"{found.__name__}.{name}")
+        owner, found = found, getattr(found, name)
+    return owner, name
+def is_there(path):
+    try:
+        return bool(find(path))
+    except (AttributeError, ImportError):
+        return False
+absent = {paths[0] for paths in calls if not any(map(is_there, paths))}  # from this release
+gone = [find(path) for path in hidden.split(",") if path and is_there(path)]  # as only timm_sugar sees it
+get, has = builtins.getattr, builtins.hasattr
+def is_gone(owner, name):
+    looks = sys._getframe(2).f_code.co_filename.endswith("_torch.py")
+    return looks and any(owner is one and name == other for one, other in gone)
+def hiding_getattr(owner, name, *default):
+    if not is_gone(owner, name):
+        return get(owner, name, *default)
+    raise AttributeError(name)
+def hiding_import(name, package=None):
+    if name.removeprefix("torch.") in hidden.split(","):
+        raise ImportError(name)
+    return import_module(name, package)
+import_module = importlib.import_module
 if hidden:
-    path = hidden.split(".")
-    owner = torch
-    for name in path[:-1]:
-        owner = getattr(owner, name) if hasattr(owner, name) else importlib.import_module(f"{owner.__name__}.{name}")
-    if not hasattr(owner, path[-1]):
-        importlib.import_module(f"{owner.__name__}.{path[-1]}")
-
-    class Missing:  # a module or a type that lacks the name, as only timm_sugar sees it
-        def __init__(self, of):
-            self.of, self.__name__ = of, getattr(of, "__name__", "")
-        def __getattr__(self, name):
-            if name == path[-1]:
-                raise AttributeError(name)
-            return getattr(self.of, name)
-
-    import builtins
-    get, has, stand_in = builtins.getattr, builtins.hasattr, Missing(owner)
-    def looks(*arguments):
-        return sys._getframe(2).f_code.co_filename.endswith("_torch.py") and arguments[0] is owner
-    builtins.getattr = lambda *a: get(stand_in, *a[1:]) if looks(*a) and a[1] == path[-1] else get(*a)
-    builtins.hasattr = lambda o, n: False if looks(o) and n == path[-1] else has(o, n)
+    builtins.getattr, importlib.import_module = hiding_getattr, hiding_import
+    builtins.hasattr = lambda owner, name: not is_gone(owner, name) and has(owner, name)
 lines = []
 class Lines(logging.Handler):
     def emit(self, record):
@@ -51,11 +62,24 @@ class Lines(logging.Handler):
 logging.getLogger("timm_sugar").addHandler(Lines())
 import timm_sugar
 from timm_sugar import _saved_tensors, _torch
-if hidden:
-    builtins.getattr, builtins.hasattr = get, has
-assert _torch.missing == ([hidden] if hidden else []), _torch.missing
-assert len([line for line in lines if "works without" in line]) == len(_torch.missing), lines
+for find_later in (_torch._compiler, _torch._refuses_duals, _torch._dynamo_guard):
+    find_later()
+builtins.getattr, builtins.hasattr, importlib.import_module = get, has, import_module
+assert set(_torch.missing) == absent | ({hidden.split(",")[0]} if hidden else set()), _torch.missing
+assert len([line for line in lines if "works without" in line]) == len(_torch._lost), lines
 _saved_tensors._LEAST = 0
+
+from timm_sugar import _compiled
+assert (_torch._compiler() is None) == any("fast gradient" in line for line in lines if "_dispatch_keys" not in line)
+if _torch._compiler() is None or not hidden:
+    _compiled._CHUNK = _compiled._WORTHWHILE = 7  # all that follows is large enough to be compiled
+net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.GELU())
+try:
+    timm_sugar.sugarize(net, example=torch.zeros(1, 4))
+except RuntimeError as error:
+    assert None in (_torch.TorchDispatchMode, _torch.tree_leaves, _torch.tree_map) and "example" in str(error), error
+    timm_sugar.sugarize(net)
+assert isinstance(net[1], timm_sugar.SUGAR)
 
 X = torch.linspace(-3, 3, 12, dtype=torch.float64).view(3, 4)
 def slope(x):
@@ -79,7 +103,7 @@ def attempt(what, call, expected):
     try:
         got = call()
     except Exception as error:
-        assert hidden, error
+        assert hidden or absent, error
         print("raises", what, type(error).__name__)
     else:
         check(got, expected)
@@ -97,6 +121,14 @@ for name, call in {"eager": f, "graph": graph}.items():
     attempt(f"autograd {name}", lambda: torch.autograd.grad(square(leaf), leaf)[0], 2 * torch.relu(X) * slope(X))
 compiled = torch.compile(f, backend="aot_eager", fullgraph=True)
 attempt("compiled", lambda: torch.autograd.grad(compiled(leaf).sum(), leaf)[0], slope(X))
+import torch.autograd.forward_ad as forward_ad
+def dual(call):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(call(forward_ad.make_dual(X, torch.ones_like(X)))).tangent
+for name, call in {"compiled": f, "compiled graph": graph}.items():
+    call = torch.compile(call, backend="aot_eager")
+    call(X)
+    attempt(f"dual {name}", lambda: dual(call), slope(X))
 def decomposed():
     module = torch.export.export(f, (X,)).run_decompositions().module()
     return torch.autograd.grad(module(leaf).sum(), leaf)[0]
@@ -125,10 +157,12 @@ QUICK = ["", "_C._autograd.SavedTensor.data"]  # the others take minutes
 def test_without_a_private_name_the_gradient_is_the_formulas(hidden: str, tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    command = [sys.executable, "-W", "ignore", str(program), hidden]
+    command = [sys.executable, "-W", "ignore", str(program), hidden, json.dumps(CALLS)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     raised = {line.removeprefix("raises ").rpartition(" ")[0] for line in done.stdout.splitlines() if "raises" in line}
+    if not _torch._refuses_duals() or hidden == "_dynamo.variables.builder":
+        raised -= {"dual compiled", "dual compiled graph"}
     if hidden not in TRANSFORMS:
         assert not raised
     else:
@@ -137,11 +171,18 @@ def test_without_a_private_name_the_gradient_is_the_formulas(hidden: str, tmp_pa
 
 def test_private_names_stand_in_one_file() -> None:
     folder = Path(timm_sugar.__file__).parent
-    for name in ("activation", "surrogate", "_operator", "_saved_tensors"):
-        file = folder / f"{name}.py"
+    files = set(folder.rglob("*.py")) - {folder / "_torch.py"}
+    assert len(files) > 12
+    for file in sorted(files):
         for node in ast.walk(ast.parse(file.read_text())):
+            names = []
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
-                private = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
-                assert not any(name.startswith("_") for name in private), (file.name, private)
-            if isinstance(node, ast.Attribute):
-                assert not ast.unparse(node).startswith(("torch._", "torch.autograd._")), (file.name, ast.unparse(node))
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            elif isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names if alias.name.startswith("torch")]
+            elif isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch."):
+                names = [ast.unparse(node)]
+            elif isinstance(node, ast.Attribute) and node.attr in ("_cdata", "_base", "_forward_hooks"):
+                names = [f"torch.{node.attr}"]
+            private = [name for name in names if "._" in name and "__" not in name]
+            assert not private, (file.name, private)
