@@ -176,6 +176,14 @@ def _is_recorded(x: Tensor) -> bool:
     return torch.is_grad_enabled() or _torch.in_forward_mode(x)
 
 
+def _constants(values: list[float]) -> list[float]:
+    """The numbers as constants of the graph: torch.compile(dynamic=True) makes arguments of them, which fails below.
+
+    A number that is the key of a dictionary is a constant to dynamo.
+    """
+    return [next(iter({value: None})) for value in values]
+
+
 def _recomputed(operator: Any, *arguments: Any) -> Tensor:
     """The operator under a compiler: only x is saved, from which the backward pass takes relu(x) too."""
     return checkpoint(operator, *arguments, use_reentrant=False, preserve_rng_state=False)
@@ -208,7 +216,7 @@ def apply(x: Tensor, surrogate: str, values: list[float], formula: str) -> Tenso
             if not _is_recorded(x):
                 return F.relu(x)
             if not _torch.is_exporting() and not _torch.in_transform():  # which takes no checkpoint
-                return _recomputed(_operator, x, surrogate, values, formula)
+                return _recomputed(_operator, x, surrogate, _constants(values), formula)
         elif x.layout != torch.strided or x.is_nested:
             return _apply_eagerly(x, surrogate, values)
         elif not _is_recorded(x):

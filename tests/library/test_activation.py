@@ -762,6 +762,32 @@ def test_every_alpha_has_its_own_compiled_gradient(compiler: None) -> None:
         torch.testing.assert_close(grad, slope(x, "nelu", alpha=alpha), rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("is_set", [False, True])
+def test_one_module_called_twice_is_compiled_for_any_size_and_value(is_set: bool, compiler: None) -> None:
+    """As torchvision's ResNets call theirs; dynamic=True makes arguments of numbers, too."""
+    act = SUGAR(surrogate="nelu", alpha=0.05)
+    if is_set:
+        act.set_surrogate(alpha=0.05)
+    compiled = torch.compile(lambda t: act(act(t) - 1), fullgraph=True, dynamic=True, backend="aot_eager")
+    for alpha, size in ((0.05, 3), (0.3, 5)):
+        act.alpha = alpha
+        x = torch.linspace(-3, 3, size, dtype=torch.float64, requires_grad=True)
+        expected = slope(F.relu(x) - 1, "nelu", alpha=alpha) * slope(x, "nelu", alpha=alpha)
+        torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), x)[0], expected, rtol=1e-12, atol=1e-15)
+
+
+def test_sugar_called_twice_is_compiled_for_any_size_and_value(compiler: None) -> None:
+    def twice(x: Tensor, alpha: float) -> Tensor:
+        return sugar(sugar(x, "nelu", alpha=alpha) - 1, "nelu", alpha=alpha)
+
+    compiled = torch.compile(twice, fullgraph=True, dynamic=True, backend="aot_eager")
+    x = bank_input().requires_grad_()
+    for alpha in (0.05, 0.3):
+        expected = slope(F.relu(x) - 1, "nelu", alpha=alpha) * slope(x, "nelu", alpha=alpha)
+        (grad,) = torch.autograd.grad(compiled(x, alpha).sum(), x)
+        torch.testing.assert_close(grad, expected, rtol=1e-12, atol=1e-15)
+
+
 def test_compiled_modules_of_different_settings_keep_their_own_gradient(compiler: None) -> None:
     x = bank_input().requires_grad_()
     for alpha in (0.01, 0.05, 0.1):
