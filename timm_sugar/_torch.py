@@ -206,6 +206,8 @@ def loses_tangents() -> bool:
     """
     if not _has_forward_level or forward_ad._current_level < 0 or None in (_dispatch_mode, _mode_keys):
         return False
+    if not is_in_compiler():  # torch.func.linearize traces tangents, too
+        return False
     return _dispatch_mode(_mode_keys.PROXY) is not None and (in_transform() or not _refuses_duals())
 
 

@@ -12,7 +12,16 @@ from timm_sugar import _compiled, _torch
 from timm_sugar.surrogate import get_surrogate
 
 # Warnings of older releases of PyTorch about their own code.
-WARNINGS = ["ignore:Skipping serialization of skipfiles_inline_module_allowlist:UserWarning"]
+WARNINGS = [
+    "ignore:Skipping serialization of skipfiles_inline_module_allowlist:UserWarning",
+    "ignore:Attempted to insert a get_attr Node with no underlying reference:UserWarning",
+    "ignore:Node .* does not reference an nn.Module, nn.Parameter, or buffer:UserWarning",
+    "ignore:.*torch.jit:DeprecationWarning",
+    "ignore:.*isinstance.treespec, LeafSpec:FutureWarning",
+    "ignore:remat_using_tags_for_fwd_loss_bwd_graph:UserWarning",
+    "ignore:The given buffer is not writable:UserWarning",
+    "ignore:.*Profiler clears events at the end of each cycle:UserWarning",
+]
 
 
 @functools.cache

@@ -103,7 +103,7 @@ def attempt(what, call, expected):
     try:
         got = call()
     except Exception as error:
-        assert hidden or absent, error
+        assert hidden or absent or (what.startswith("dual") and not _torch._refuses_duals()), error
         print("raises", what, type(error).__name__)
     else:
         check(got, expected)
