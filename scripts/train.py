@@ -15,12 +15,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-import torch
-from lab.cli import Parser, UserError, import_modules
-from lab.training.divergence import STATUS, Diverged
-from lab.training.options import parse_args
-from lab.training.run import Run
-from lab.training.runs import measure
+from lab.training.options import build_parser, parse_args
+from lab.training.run import Run, run_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,33 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     A user's mistake exits with status 2 and one line on stderr.
     """
-    run: Run | None = None
-    try:
-        args, resume = parse_args(sys.argv[1:] if argv is None else argv, __doc__ or "")
-        import_modules(args.device_modules)
-        run = Run(args, resume)
-        run.train()
-    except UserError as error:
-        Parser("train.py").error(str(error))
-    except Diverged as error:
-        if run and run.folder:
-            last = run.folder.path / "last.pth.tar"
-            kept = f"; weights of the epoch before: {last}" if last.exists() else ""
-            print(f"train.py: error: {error}{kept}", file=sys.stderr)
-        return STATUS
-    except KeyboardInterrupt:
-        if run and run.folder:
-            print(f"\ninterrupted; {run.folder.resume_command}", file=sys.stderr)
-        return 130
-    finally:
-        if run:
-            run.close()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    if run.folder:
-        saver, what = run.folder.saver, measure(args).removeprefix("eval_")
-        print(f"done: {run.folder.path}; best {what} {saver.best_metric:.3f} in epoch {saver.best_epoch}")
-    return 0
+    words = sys.argv[1:] if argv is None else argv
+    return run_command("train.py", Run, lambda: parse_args(words, build_parser(__doc__ or "")))
 
 
 if __name__ == "__main__":

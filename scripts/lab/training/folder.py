@@ -91,10 +91,10 @@ class RunFolder:
             self.saver.save_checkpoint(epoch, metric)
             plot_curves(self.path, self.rows)
 
-    def save_start(self, row: dict[str, Any]) -> None:
-        """What the weights do before training, as start.csv."""
+    def save_start(self, row: dict[str, Any], name: str = START) -> None:
+        """What the weights do before training, as start.csv or another file."""
         with self.saving():
-            write_rows(self.path / START, [row], list(row))
+            write_rows(self.path / name, [row], list(row))
 
     @contextmanager
     def saving(self) -> Iterator[None]:

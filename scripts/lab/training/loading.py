@@ -23,7 +23,7 @@ from lab.training.runs import DAMAGE, load_file
 from lab.training.setup import check_outputs
 
 # What a training run says about its model and data, and its user needs to know.
-_INHERITED = (
+INHERITED = (
     *("model", "model_kwargs", "num_classes", "gp", "in_chans", "input_size", "img_size", "crop_pct", "mean", "std"),
     *("interpolation", "data_dir", "dataset", "val_split", "class_map", "input_key", "target_key", "device_modules"),
 )
@@ -123,7 +123,7 @@ class _Settings(Parser):
 
 def inherit(args: argparse.Namespace, settings: dict[str, Any]) -> None:
     """Let options that aren't given be those of the training run. Raises UserError for values out of range."""
-    missing = {name for name in _INHERITED if getattr(args, name) in (None, "")}
+    missing = {name for name in INHERITED if getattr(args, name) in (None, "")}
     taken = {name: settings[name] for name in missing if settings.get(name) not in (None, "", {})}
     parser = _Settings("")
     add_options(parser)

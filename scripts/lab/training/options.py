@@ -11,10 +11,10 @@ from lab.cli import Parser, UserError, choose_device, yaml_options
 from lab.training.groups import CHANNELS, add_groups
 
 
-def build_parser(description: str = "") -> Parser:
+def build_parser(description: str = "", prog: str = "train.py") -> Parser:
     """All options; names, meanings and defaults are those of timm's train script unless the help says otherwise."""
     epilog = "Options have the names and defaults of timm's train.py; '(timm: ...)' marks what differs."
-    parser = Parser("train.py", description=description, epilog=epilog)
+    parser = Parser(prog, description=description, epilog=epilog)
     parser.add_argument("-c", "--config", metavar="FILE", help="YAML with option names as keys; options given here win")
     resume = (
         "continue a run in its folder, which may have moved: the folder, a checkpoint in it, or 'auto' to continue "
@@ -26,9 +26,9 @@ def build_parser(description: str = "") -> Parser:
     return parser
 
 
-def parse_args(argv: Sequence[str], description: str = "") -> tuple[argparse.Namespace, Path | None]:
+def parse_args(argv: Sequence[str], parser: Parser | None = None) -> tuple[argparse.Namespace, Path | None]:
     """Options and the checkpoint or run folder to resume; later wins: defaults, args.yaml of the run, YAML, options."""
-    parser = build_parser(description)
+    parser = parser or build_parser()
     first = parser.parse_args(argv)
     resume = find_resumed(first)
     own = yaml_options(first.config, parser) if first.config else []

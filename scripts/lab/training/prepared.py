@@ -65,7 +65,7 @@ class Prepared:
     def build_task(self) -> None:
         """The model with its loss, and the loaders of its data."""
         args = self.args
-        model = build_model(args)
+        model = self.create_model()
         with explained(f"can't prepare images for model {args.model}"):
             self.data_config = resolve_data_config(vars(args), model=model)
         self.train_loader, self.eval_loader = build_loaders(args, self.data_config, self.device)
@@ -76,9 +76,17 @@ class Prepared:
         loss = {"loss_type": "bce" if args.bce_loss else "ce", "smoothing": args.smoothing, "soft_targets": soft}
         if args.bce_loss:
             loss["bce_target_thresh"] = args.bce_target_thresh
-        self.task = ClassificationTask(model, criterion_kwargs=loss, device=self.device, verbose=False)
+        self.task = self.create_task(model, loss)
         if args.model_ema:
             self.task.setup_ema(decay=args.model_ema_decay, use_warmup=args.model_ema_warmup)
+
+    def create_model(self) -> Any:
+        """The model to train, on the CPU."""
+        return build_model(self.args)
+
+    def create_task(self, model: Any, loss: dict[str, Any]) -> Any:
+        """The model with what it is to learn; `loss` are the settings of timm's classification loss."""
+        return ClassificationTask(model, criterion_kwargs=loss, device=self.device, verbose=False)
 
     def build_precision(self) -> None:
         """Autocast, and the scaling of losses that float16 needs."""

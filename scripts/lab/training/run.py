@@ -7,7 +7,9 @@ import math
 import random
 import sys
 import time
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +17,8 @@ from timm.task import evaluation_sample_limit
 from timm.utils import AverageMeter, dispatch_clip_grad, distribute_bn, random_seed, unwrap_model
 from tqdm import tqdm
 
-from lab.cli import UserError, explained
-from lab.training.divergence import all_finite, diverged
+from lab.cli import Parser, UserError, explained, import_modules
+from lab.training.divergence import STATUS, Diverged, all_finite, diverged
 from lab.training.prepared import Prepared
 from lab.training.runs import DAMAGE, measure
 from timm_sugar.diagnostics import track_activations
@@ -30,6 +32,40 @@ def seed_epoch(args: argparse.Namespace, loader: Any, epoch: int) -> None:
             part.set_epoch(epoch)
     if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
         loader.mixup_enabled = False
+
+
+def run_command(prog: str, kind: type[Run], parse: Callable[[], tuple[argparse.Namespace, Path | None]]) -> int:
+    """Parse and train; returns 0, 3 if the loss stops being finite, or 130 after Ctrl-C.
+
+    A user's mistake exits with status 2 and one line on stderr.
+    """
+    run: Run | None = None
+    try:
+        args, resume = parse()
+        import_modules(args.device_modules)
+        run = kind(args, resume)
+        run.train()
+    except UserError as error:
+        Parser(prog).error(str(error))
+    except Diverged as error:
+        if run and run.folder:
+            last = run.folder.path / "last.pth.tar"
+            kept = f"; weights of the epoch before: {last}" if last.exists() else ""
+            print(f"{prog}: error: {error}{kept}", file=sys.stderr)
+        return STATUS
+    except KeyboardInterrupt:
+        if run and run.folder:
+            print(f"\ninterrupted; {run.folder.resume_command}", file=sys.stderr)
+        return 130
+    finally:
+        if run:
+            run.close()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    if run.folder:
+        saver, what = run.folder.saver, measure(args).removeprefix("eval_")
+        print(f"done: {run.folder.path}; best {what} {saver.best_metric:.3f} in epoch {saver.best_epoch}")
+    return 0
 
 
 class Run(Prepared):
@@ -153,11 +189,15 @@ class Run(Prepared):
         if update:
             self.optimizer.zero_grad()
 
-    @torch.inference_mode()
     def evaluate(self, epoch: int, ema: bool = False) -> dict[str, float]:
         """Loss, top-1 and top-5 (percent), share of dead units and zeros (0..1) on the validation data."""
+        return self.evaluate_model(self.task.get_trainable_module(ema=ema), epoch, " (EMA)" if ema else "")
+
+    @torch.inference_mode()
+    def evaluate_model(self, model: Any, epoch: int, what: str = "") -> dict[str, float]:
+        """The same of any model with these classes; `what` says in the log which it is."""
         args = self.args
-        model = unwrap_model(self.task.get_trainable_module(ema=ema)).eval()
+        model = unwrap_model(model).eval()
         evaluator = self.task.create_evaluator(max_samples=evaluation_sample_limit(self.eval_loader))
         quiet = args.rank > 0 or not sys.stderr.isatty()
         with track_activations(model) as activations:
@@ -172,5 +212,5 @@ class Run(Prepared):
         metrics.update(dead_units=activations.dead, sparsity=activations.sparsity)
         if self.folder:
             text = " ".join(f"{k} {v:.3f}" for k, v in metrics.items())
-            self.folder.log(f"epoch {epoch} validation{' (EMA)' if ema else ''}: {text}")
+            self.folder.log(f"epoch {epoch} validation{what}: {text}")
         return metrics

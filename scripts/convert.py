@@ -1,0 +1,68 @@
+#!/usr/bin/env python3
+"""Turn a trained network into a ReLU network: exchange its activations, then train with the original as the teacher.
+
+    python scripts/convert.py --checkpoint output/train/RUN --epochs 10 --lr 0.01
+    python scripts/convert.py --model mobilenetv3_small_100 --pretrained --data-dir DATA --epochs 10 --lr 0.01
+    python scripts/convert.py --checkpoint output/train/RUN --distill 0 --blend-epochs 3 --blend-order output
+    python scripts/convert.py --resume output/train/RUN
+
+Options are those of scripts/train.py and a few more. A run is a folder of the same kind, which evaluate.py,
+diagnose.py, export.py and publish.py take. Prints what the exchange of activations alone costs, what training won back,
+and, with the packages of `pip install -e ".[deploy]"`, what int8 gives.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lab.cli import Parser
+from lab.training import options
+from lab.training.conversion import Conversion, add_options, parse_conversion
+from lab.training.run import run_command
+
+EXPORT = Path(__file__).with_name("export.py")
+
+
+def build_parser() -> Parser:
+    """All options: those of scripts/train.py, and those of a conversion."""
+    parser = options.build_parser(__doc__ or "", "convert.py")
+    add_options(parser)
+    return parser
+
+
+class ConversionToInt8(Conversion):
+    """A conversion whose network is quantised at the end, where that can be done."""
+
+    def train(self) -> None:
+        """Train, then export."""
+        super().train()
+        if self.folder:
+            self.export(self.folder.path)
+
+    def export(self, folder: Path) -> None:
+        """Write model-int8.onnx, calibrated on training images; prints its top-1 and latency."""
+        data = Path(self.args.data_dir or "")
+        command = ["--checkpoint", str(folder / "last.pth.tar"), "--format", "onnx-int8", "--data-dir", str(data)]
+        command += ["--calibration", str(data), "--output", str(folder / "model-int8.onnx")]
+        command += ["--workers", str(self.args.workers)]
+        if not importlib.util.find_spec("onnxruntime"):
+            print('int8 needs `pip install -e ".[deploy]"`, then:', "python scripts/export.py", *command)
+        elif (data / "train").is_dir():
+            subprocess.run([sys.executable, EXPORT, *command], check=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Convert; returns 0, 3 if the loss stops being finite, or 130 after Ctrl-C.
+
+    A user's mistake exits with status 2 and one line on stderr.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    return run_command("convert.py", ConversionToInt8, lambda: parse_conversion(words, build_parser()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
