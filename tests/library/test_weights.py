@@ -119,6 +119,21 @@ def test_installed_package_lists_nothing_that_is_nowhere(hub: LoopbackHub, insta
     done = run(LOAD, hub.environment(tmp_path), installed)
     assert "RuntimeError: the weights of" in done.stderr.splitlines()[-1]
     assert "not on the Hub yet" in done.stderr.splitlines()[-1]
+    assert "pretrained_cfg_overlay" in done.stderr.splitlines()[-1]
+    assert hub.requests == []
+
+
+def test_installed_package_takes_the_file_that_is_named_as_train_py_of_timm_names_it(
+    checkout: Path, installed: Path, hub: LoopbackHub, tmp_path: Path
+) -> None:
+    """`--pretrained-path FILE`: the tag's surrogate comes along, the head is new, and no network is asked."""
+    file = checkout / "model_cards" / TAG / "model.safetensors"
+    overlay = {"file": str(file), "num_classes": -1}
+    weight = "model.layer1[0].conv1.weight"
+    code = LOAD.partition("assert timm.create_model")[0] + f"print(float({weight}.sum()), model.num_classes)"
+    code = code.replace("pretrained=True", f"pretrained=True, pretrained_cfg_overlay={overlay}, num_classes=5")
+    done = run(code, hub.environment(tmp_path), installed)
+    assert done.stdout.split() == [str(float(load_file(file)["layer1.0.conv1.weight"].sum())), "5"], done.stderr
     assert hub.requests == []
 
 

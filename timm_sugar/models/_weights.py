@@ -48,7 +48,9 @@ class SugarTag:
         if not self.cfg.hf_hub_id:
             raise RuntimeError(
                 f"the weights of {self.name} are not on the Hub yet: use a source checkout of timm_sugar, where they "
-                "lie in model_cards/, or name an organisation that has them in the environment variable TIMM_SUGAR_ORG"
+                "lie in model_cards/; or name a copy of the file, by --pretrained-path of timm's train.py or "
+                'pretrained_cfg_overlay={"file": "model.safetensors"} of create_model; or name an organisation that '
+                "has them in the environment variable TIMM_SUGAR_ORG"
             )
         file = hf_hub_download(self.cfg.hf_hub_id, WEIGHTS, cache_dir=cache_dir)
         if _sha256(file) != self.sha256:  # a damaged cache, or another version: load what the Hub has now
