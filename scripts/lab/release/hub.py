@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, RepositoryNotFoundError
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.hf_api import RepoFile
 
 from lab.cli import UserError
 from lab.release.stage import FILES
+from timm_sugar.models._weights import WEIGHTS
 from timm_sugar.version import __version__
 
 _NOT_OURS = {".gitattributes"}  # the Hub's own
@@ -109,6 +118,26 @@ def push(api: HfApi, repo_id: str, folder: Path, private: bool) -> list[str]:
             if api.repo_info(repo_id).private != private:
                 raise _not_done(repo_id, done[-1])
     return done
+
+
+def verify(repo_id: str, sha256: str) -> str:
+    """Download the weights that are tagged with the package's version, without a token; returns their commit.
+
+    Raises UserError if not everybody can have them, or their SHA-256 is another one.
+    """
+    version = f"v{__version__}"
+    with _one_line(repo_id), tempfile.TemporaryDirectory() as cache:
+        try:
+            commit = str(HfApi(token=False).repo_info(repo_id, revision=version).sha)
+            file = Path(hf_hub_download(repo_id, WEIGHTS, revision=commit, cache_dir=cache, token=False))
+        except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
+            raise UserError(f"{repo_id} has no public {version}: run scripts/publish.py push") from error
+        found = hashlib.sha256(file.read_bytes()).hexdigest()
+    if found != sha256:
+        raise UserError(
+            f"{repo_id} at {commit}: {WEIGHTS} has SHA-256 {found}, not {sha256}: push it again under a new version"
+        )
+    return commit
 
 
 def _has_tag(api: HfApi, repo_id: str, name: str) -> bool:
