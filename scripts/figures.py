@@ -6,15 +6,16 @@
 Writes surrogates-light.svg and surrogates-dark.svg: the forward pass of a SUGAR unit, and beside it the derivatives
 that stand in for ReLU's in the backward pass, as autograd returns them. cost-light.svg and cost-dark.svg: the time of
 one activation against its size, from results/benchmark_activation.csv. inside-light.svg and inside-dark.svg: the way of
-a tensor through a SUGAR unit.
+a tensor through a SUGAR unit. surrogate-NAME-light.svg and surrogate-NAME-dark.svg: the derivative of one surrogate.
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -100,7 +101,6 @@ def draw_backward(axes: Axes, theme: Theme, surrogate: str) -> None:
     """One surrogate's derivative over ReLU's; shaded where they differ."""
     style(axes, theme)
     axes.set(xlim=(-4, 3), ylim=(-0.3, 1.85), xticks=[], yticks=[])
-    axes.set_title(label(surrogate), color=theme.text, fontsize=9, pad=3)
     slope, step = gradient(surrogate), (INPUTS > 0).double()
     axes.fill_between(INPUTS, slope, step, color=theme.backward, alpha=0.16, linewidth=0)
     axes.plot(INPUTS, step, color=theme.faint, linewidth=1.1, linestyle=(0, (2.5, 2)))
@@ -119,9 +119,21 @@ def draw(theme: Theme) -> Figure:
     for i, surrogate in enumerate(TITLES):
         row, column = divmod(i, 4)
         box = (0.335 + 0.165 * column, 0.535 - 0.425 * row, 0.145, 0.32)
-        draw_backward(figure.add_axes(box), theme, surrogate)
+        axes = figure.add_axes(box)
+        draw_backward(axes, theme, surrogate)
+        axes.set_title(label(surrogate), color=theme.text, fontsize=9, pad=3)
     figure.text(0.66, 0.035, "dashed: ReLU's own derivative, which is 0 for every negative input", color=theme.faint,
                 fontsize=9, ha="center")  # fmt: skip
+    return figure
+
+
+def draw_surrogate(theme: Theme, surrogate: str) -> Figure:
+    """The small picture of one surrogate."""
+    figure = Figure(figsize=(2.2, 1.3))
+    axes = figure.add_axes((0.02, 0.06, 0.9, 0.9))
+    draw_backward(axes, theme, surrogate)
+    axes.set(xticks=[-3, 3])
+    axes.tick_params(axis="x", pad=5)  # below every curve
     return figure
 
 
@@ -206,7 +218,8 @@ def draw_inside(theme: Theme) -> Figure:
     return figure
 
 
-PICTURES = {"surrogates": draw, "cost": draw_cost, "inside": draw_inside}
+PICTURES: dict[str, Callable[[Theme], Figure]] = {"surrogates": draw, "cost": draw_cost, "inside": draw_inside}
+PICTURES |= {f"surrogate-{name}": partial(draw_surrogate, surrogate=name) for name in [*TITLES, "relu"]}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

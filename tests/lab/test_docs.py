@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 import subprocess
@@ -24,6 +25,7 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 TEXT = {page: page.read_text() for page in [*PAGES, ROOT / "CONTRIBUTING.md"]}
 NAMES = {"argvalues": PAGES, "ids": lambda page: page.stem}
+THEMES = ("light", "dark")
 CURVES = {"relu", "bsilu", "elu", "gelu", "leaky_relu", "mish", "nelu", "selu", "silu"}
 
 python = Sybil([PythonCodeBlockParser(), SkipParser()])
@@ -197,11 +199,24 @@ def curves(path: Path) -> dict[str, torch.Tensor]:
 
 def test_pictures_are_those_that_the_script_draws(tmp_path: Path) -> None:
     load_script("figures").main(["--output", str(tmp_path)])
-    for committed in sorted((ROOT / "figures").glob("surrogates-*.svg")):
-        old, new = curves(committed), curves(tmp_path / committed.name)
-        assert old.keys() == new.keys() == CURVES
+    shown = {"surrogates": CURVES} | {f"surrogate-{name}": {name} for name in timm_sugar.list_surrogates()}
+    for (picture, names), theme in itertools.product(shown.items(), THEMES):
+        file = f"{picture}-{theme}.svg"
+        old, new = curves(ROOT / "figures" / file), curves(tmp_path / file)
+        assert old.keys() == new.keys() == names
         for name in old:
             torch.testing.assert_close(old[name], new[name], atol=0.01, rtol=0)
+
+
+def test_every_surrogate_has_its_picture_with_a_text_and_when_to_take_it() -> None:
+    text = TEXT[ROOT / "docs" / "surrogates.md"]
+    pictures = r"".join(
+        rf"!\[(Derivative of [^\]]+)\]\(../figures/surrogate-(\w+)-{it}.svg\)\{{.only-{it}\}}" for it in THEMES
+    )
+    rows = re.findall(rf"^\| {pictures} \| \*\*[\w-]+\*\* `(\w+)` \| (\S.+) \|$", text, flags=re.MULTILINE)
+    assert sorted(row[-2] for row in rows) == timm_sugar.list_surrogates()
+    for light, name, dark, same, shown, _ in rows:
+        assert (light, name, name) == (dark, same, shown)
 
 
 def test_hooks_and_workflows_call_what_exists() -> None:
