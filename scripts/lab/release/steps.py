@@ -20,7 +20,8 @@ from timm_sugar.models._weights import MODEL_CARDS, ORG, PUBLISHED, WEIGHTS_FILE
 from timm_sugar.version import __version__
 
 ROOT = MODEL_CARDS.parent
-UNPUBLISHED = re.compile(r"\b(PyPI|Hub) yet\b")  # what pages say as long as nothing is published
+# What pages say as long as nothing is published.
+UNPUBLISHED = re.compile(r"\b(PyPI|Hub|address isn't known) yet\b|has no SUGAR weights")
 PUSH = "run scripts/publish.py push"
 
 
