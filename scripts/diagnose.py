@@ -6,8 +6,9 @@
     python scripts/diagnose.py --data-dir DATA --compare output/train/SUGAR output/train/RELU
 
 Per layer and in total: dead units (never above 0), dormant units (ReDo's score at most --tau), exact zeros, units that
-get a gradient, mean and spread of pre-activations. A unit is a channel of a feature map or a feature of a token. The
-CSV and the picture go to --output.
+get a gradient, mean and spread of pre-activations. A unit is a channel of a feature map or a feature of a token. With
+SUGAR also how large the gradient of each layer's weights is over what it is with ReLU's derivative, on the first batch.
+Tables and pictures go to --output.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lab.cli import Parser, explained
+from lab.experiments.gains import describe, draw_gains, gradient_gains
 from lab.experiments.pictures import draw_depth
 from lab.files import write_rows
 from lab.training.groups import x
@@ -47,17 +49,27 @@ def rows_of(reports: dict[str, Activations]) -> list[dict[str, str]]:
 
 def run(args: argparse.Namespace) -> None:
     """Diagnose one model or two, and write what came out."""
-    reports = {}
+    reports, gains = {}, []
     for name, model, loader in each_model(args):
         batches = tqdm(loader, leave=False, disable=not sys.stderr.isatty())
         with explained(f"can't diagnose {name}"):
             reports[name] = timm_sugar.diagnose(model, batches, tau=args.tau)
         print(reports[name], flush=True)
+        if any(isinstance(module, timm_sugar.SUGAR) for module in model.modules()):
+            found = gradient_gains(model, *next(iter(loader)))
+            print(describe(found), flush=True)
+            gains += [{"model": name, "layer": layer, "gain": gain} for layer, gain in found.items()]
     with explained(f"can't write to {args.output}"):
         rows = rows_of(reports)
         write_rows(args.output / "activations.csv", rows, list(rows[0]))
         draw_depth(rows, args.output / "activations.png")
-    print(f"\nnumbers  {args.output / 'activations.csv'}\npicture  {args.output / 'activations.png'}")
+        if gains:
+            write_rows(
+                args.output / "gains.csv", [{**row, "gain": f"{row['gain']:.6g}"} for row in gains], list(gains[0])
+            )
+            draw_gains(gains, args.output / "gains.png")
+    for name in ("activations", *(["gains"] if gains else [])):
+        print(f"\nnumbers  {args.output / name}.csv\npicture  {args.output / name}.png")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
+from lab.experiments.gains import describe, gradient_gains
 from lab.training.runs import load_file
 from PIL import Image
 from scripting import CLASSES, error_line, load_script
 from staging import train
 from timm.data import create_transform
+from torch import nn
 
 import timm_sugar
 
@@ -71,6 +74,41 @@ def test_two_models_stand_in_one_table(runs: Path, tmp_path: Path, capsys: pytes
     same = ["--compare", str(runs / "test_resnet"), str(runs / "test_resnet" / "last.pth.tar")]
     assert script.main([*same, *FAST, "--images", "1", "--output", str(tmp_path / "same")]) == 0
     assert len({row["model"] for row in table(tmp_path / "same" / "activations.csv")}) == 2
+
+
+def test_gains_are_those_of_the_chain_rule_and_leave_the_model_as_it_is() -> None:
+    model = nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), timm_sugar.SUGAR(alpha=0.8), nn.Linear(7, 3)).double()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x, y = torch.randn(16, 5, dtype=torch.float64), torch.arange(16) % 3
+    hidden = F.batch_norm(model[0](x), None, None, model[1].weight, model[1].bias, training=True)
+    error = (F.softmax(model[3](F.relu(hidden)), 1) - F.one_hot(y, 3)) / 16
+
+    def first_layer(derivative: torch.Tensor) -> torch.Tensor:
+        at_hidden = (error @ model[3].weight * derivative).detach()
+        return torch.autograd.grad(hidden, model[0].weight, at_hidden, retain_graph=True)[0].norm()
+
+    s = torch.sigmoid(hidden)
+    expected = first_layer(s + (hidden + 0.8) * s * (1 - s)) / first_layer((hidden > 0).double())
+    gains = gradient_gains(model, x, y)
+    assert gains == {"0": pytest.approx(expected.item(), rel=1e-9), "3": 1}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert describe(gains).startswith("gradients over ReLU's by layer:")
+
+
+def test_gains_of_a_sugar_model_are_written_and_drawn(
+    runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--compare", str(runs / "test_resnet_sugar"), str(runs / "test_resnet"), "--output", str(tmp_path)]
+    assert script.main([*argv, *FAST]) == 0
+    rows = table(tmp_path / "gains.csv")
+    model = timm.create_model("test_resnet_sugar", num_classes=3)
+    assert [row["layer"] for row in rows] == [n[:-7] for n, p in model.named_parameters() if p.ndim > 1]
+    assert {row["model"] for row in rows} == {"test_resnet_sugar"}
+    assert float(rows[-1]["gain"]) == 1  # no activation comes after it
+    assert max(float(row["gain"]) for row in rows) > 1
+    with Image.open(tmp_path / "gains.png") as picture:
+        assert picture.width == 800
+    assert "gradients over ReLU's by layer: " in capsys.readouterr().out
 
 
 def test_mistakes_are_one_line(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

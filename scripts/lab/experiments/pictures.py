@@ -18,9 +18,10 @@ PANELS = {"dead": "dead units (%)", "zeros": "exact zeros (%)", "gradient": "uni
 
 
 def write_picture(table: Table, results: Path) -> None:
-    """Draw results/TABLE.png: top-1 of every run, and over the epochs top-1 and dead units, means over the seeds.
+    """Draw results/TABLE.png: top-1 of every run, and over the epochs top-1 and dead units.
 
-    Nothing is drawn while no run is done.
+    Over the epochs these are means over the seeds, in bands of their standard deviation. Nothing is drawn while no run is
+    done.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure  # here, since it takes long to import
@@ -54,12 +55,17 @@ def write_picture(table: Table, results: Path) -> None:
 
 
 def draw_epochs(axes: Axes, epochs: list[dict[str, Any]], variant: str, column: str, factor: float, color: Any) -> None:
-    """The mean of a column over the seeds, by epoch; no line if there are no numbers."""
+    """The mean of a column over the seeds, by epoch, in a band of its standard deviation; nothing without numbers."""
     numbers = sorted({int(row["epoch"]) for row in epochs if row["variant"] == variant})
-    means = [level([row for row in epochs if row["epoch"] == str(epoch)], variant, column).mean for epoch in numbers]
-    points = [(epoch + 1, factor * mean) for epoch, mean in zip(numbers, means, strict=True) if math.isfinite(mean)]
-    if points:
-        axes.plot(*zip(*points, strict=True), ".-", color=color, label=variant)
+    levels = [level([row for row in epochs if row["epoch"] == str(epoch)], variant, column) for epoch in numbers]
+    found = [(epoch + 1, one) for epoch, one in zip(numbers, levels, strict=True) if math.isfinite(one.mean)]
+    if not found:
+        return
+    x, means = [epoch for epoch, _ in found], [factor * one.mean for _, one in found]
+    axes.plot(x, means, ".-", color=color, label=variant)
+    width = [factor * one.spread if math.isfinite(one.spread) else 0.0 for _, one in found]
+    low, high = ([mean + sign * w for mean, w in zip(means, width, strict=True)] for sign in (-1, 1))
+    axes.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
 
 
 def draw_depth(rows: list[dict[str, str]], path: Path) -> None:
