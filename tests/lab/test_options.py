@@ -28,7 +28,9 @@ REFUSED = """
 --weight-decay -1|--clip-grad nan|--clip-grad 0|--reprob 2|--recount 0|--hflip 5|--vflip -1|--layer-decay -1
 --layer-decay-min-scale 2|--model-ema-decay 2|--lr nan|--lr -1|--lr-base inf|--head-init-bias inf
 --head-init-scale nan|--opt-eps -1|--opt-betas 2|--num-classes 0|--img-size 0|--train-num-samples 0
---model-kwargs in_chans=5|--model-kwargs drop_rate=5
+--model-kwargs in_chans=5|--model-kwargs drop_rate=5|--aa rand-m9-p5|--aa rand-tnope|--aa rand-m9-inc7|--aa rand-n0
+--aa rand-n99-tweights|--aa augmix-w0|--aa augmix-a0|--aa augmix-d0|--aa original-mstdx|--aa v0-m9
+--aa rand-m9-mstd1.2.3
 """
 CASES = REFUSED.replace("\n", "|").strip("|").split("|")
 
@@ -69,7 +71,13 @@ def test_nothing_in_yaml_is_the_default_or_refused(name: str, tmp_path: Path) ->
     "words",
     [
         *("--scale 0.65 1.35 --train-crop-mode rkrr", "--aa augmix-m5", "--aa 3a", "--aa original-mstd0.5", "--aa="),
-        *("--aa rand-m9-tweights-inc1", "--interpolation=", "--train-interpolation random", "--drop 0.99", "-j 0"),
+        *(
+            "--aa rand-m9-tweights-inc1",
+            "--aa rand-p1-n1-t3aw",
+            "--aa rand-p0.5-mmax9-t3a",
+            "--aa augmix-w1-d1-a0.5-b1",
+        ),
+        *("--interpolation=", "--train-interpolation random", "--drop 0.99", "-j 0"),
         *("--crop-pct 1", "--momentum 0", "--smoothing 0", "--mean 0.5", "--in-chans 1 --std 0.2", "--seed 4294967295"),
     ],
 )

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from PIL import Image
 from timm.data.auto_augment import augment_and_mix_transform, auto_augment_transform, rand_augment_transform
 from timm.data.transforms import str_to_interp_mode
 from torchvision.transforms import InterpolationMode
@@ -19,6 +20,10 @@ FLAG: dict[str, Any] = {"action": "store_true"}
 PAIRS: dict[str, Any] = {"nargs": "*", "default": {}, "action": KeyValues, "metavar": "K=V"}
 CHANNELS = (1, 3)  # images are read as grey or as RGB
 SEED = whole(0, 2**32 - 1)  # what numpy takes
+_SECTIONS = {  # of a policy of timm, which takes others without a word
+    "rand": r"m\d+|mmax\d+|mstd[\d.]+|n[1-9]\d*|inc[01]|p(0?\.\d+|1(\.0*)?)|t(weights|3aw?)",
+    "augmix": r"m\d+|mstd[\d.]+|[wd][1-9]\d*|b[01]|a[\d.]+",
+}
 
 
 def n(least: int, most: int | None = None, **more: Any) -> dict[str, Any]:
@@ -57,8 +62,9 @@ def policy(text: str) -> str:
     makers = {"rand": rand_augment_transform, "augmix": augment_and_mix_transform}
     try:
         if text:
-            makers.get(name, auto_augment_transform)(text)
-        if not all(re.fullmatch(r"[a-z]+\d.*|t\w+", section) for section in sections):  # timm would skip it
+            transform: Any = makers.get(name, auto_augment_transform)(text)
+            transform(Image.new("RGB", (8, 8)))
+        if not all(re.fullmatch(_SECTIONS.get(name, r"mstd[\d.]+"), section) for section in sections):
             raise ValueError
     except (AssertionError, ValueError, KeyError):
         example = "a policy of timm such as rand-m9-mstd0.5-inc1, augmix-m5, v0, original or 3a"
