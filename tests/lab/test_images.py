@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,3 +136,65 @@ def test_a_decompression_bomb_is_named(
     assert f"can't read image {bomb} (Image size (1000000 pixels) exceeds limit" in line
     assert train.main([*options(data, tmp_path / "again"), "--skip-broken-images"]) == 0
     assert f"skipped image {bomb}" in caplog.text
+
+
+def test_a_folder_without_splits_is_not_validated_on_what_it_was_trained_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_images(tmp_path / "data") / "train"
+    line = error_line(train.main, options(data, tmp_path / "out"), capsys)
+    assert f"{data} would be both training and validation split" in line
+    assert not (tmp_path / "out").exists()
+    assert train.main([*options(data, tmp_path / "out"), "--val-split="]) == 0
+
+
+def test_a_link_to_the_training_split_is_no_validation_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_images(tmp_path / "data")
+    (data / "validation").rename(tmp_path / "validation")
+    (data / "validation").symlink_to(data / "train")
+    assert "both training and validation split" in error_line(train.main, options(data, tmp_path / "out"), capsys)
+
+
+def test_the_same_split_may_be_named_twice(tmp_path: Path) -> None:
+    data = make_images(tmp_path / "data")
+    assert train.main([*options(data, tmp_path / "out"), "--val-split", "train"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "message"),
+    [
+        ("", "train[:50%]", "of a folder no part can be taken"),
+        ("torch/cifar10", "train[:50%]", "of torch/cifar10 no part can be taken"),
+        ("torch/cifar10", "trian", "data set torch/cifar10 has no split 'trian'"),
+        ("Torch/MNIST", "", "has no split ''"),
+    ],
+)
+def test_a_split_is_never_more_or_another_than_was_asked_for(
+    name: str, split: str, message: str, tmp_path: Path
+) -> None:
+    """timm takes all of a folder, and of torchvision's data sets the test images."""
+    with pytest.raises(DataError, match=re.escape(message)):
+        open_dataset(name, str(make_images(tmp_path / "data")), split)
+
+
+def test_a_number_of_samples_is_refused_for_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [*options(make_images(tmp_path / "data"), tmp_path / "out"), "--train-num-samples", "5"]
+    assert "a folder is used whole" in error_line(train.main, argv, capsys)
+
+
+@pytest.mark.parametrize("policy", ["rand-m9", "augmix-m3", "original", "v0"])
+def test_policies_that_need_colour_are_refused_for_grey_images(
+    policy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*options(make_images(tmp_path / "data"), tmp_path / "out"), "--in-chans", "1"]
+    assert f"--aa {policy}" in error_line(train.main, [*argv, "--aa", policy], capsys)
+    assert train.main([*argv, "--aa", "3a"]) == 0
+
+
+def test_an_image_that_can_be_read_but_not_prepared_is_named(tmp_path: Path) -> None:
+    dataset: Any = open_dataset("", str(make_images(tmp_path / "data")), "train")
+    dataset.transform = lambda image: image.nothing
+    with pytest.raises(DataError, match=r"can't prepare image .*/train/cat/\d.png: 'Image' object has no"):
+        dataset[0]

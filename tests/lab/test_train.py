@@ -466,6 +466,7 @@ def refuse(argv: list[str], out: Path, capsys: pytest.CaptureFixture[str]) -> st
         (("--config", "nowhere.yaml"), "can't read nowhere.yaml"),
         (("--resume", "nowhere"), "--resume nowhere: no such file or folder"),
         (("--resume", "auto", "--experiment", ""), "--resume auto needs --experiment"),
+        (("--min-lr", "1", "--lr", "0.5"), "--min-lr 1 is above the learning rate, 0.5"),
         (("--epohcs", "3"), "unrecognized arguments: --epohcs 3"),
         (("--epochs", "three"), "argument --epochs: expected a whole number, not 'three'"),
     ],

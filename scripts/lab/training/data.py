@@ -20,6 +20,7 @@ from lab.cli import UserError
 _logger = logging.getLogger(__name__)
 # Folder names that timm takes for each other when it looks for a split.
 _SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"), ("test",))
+_TRAIN_OR_TEST = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")  # of torch/
 _PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")  # timm takes any other name for a folder
 
 
@@ -38,8 +39,11 @@ def open_dataset(name: str, root: str | None, split: str, *, skip_broken: bool =
     if name and not (slash and prefix.lower() in _PREFIXES):
         kinds = ", ".join(f"{kind}/..." for kind in _PREFIXES)
         raise DataError(f"--dataset {name}: expected {kinds}, or nothing for the folder of --data-dir")
+    _check_split(name, split)
     if not name:
         _check_folder(root, split)
+        if options.get("num_samples"):
+            raise DataError("the number of samples is that of a stream (wds/, hfids/); a folder is used whole")
     try:
         dataset = create_dataset(name, root=root, split=split, **options)
     except Exception as error:  # as many kinds as there are libraries of data sets
@@ -69,6 +73,17 @@ def check_classes(train: Any, validation: Any, num_classes: int) -> None:
         raise DataError(f"the data has {count} classes but the model has {num_classes} outputs: --num-classes {count}")
 
 
+def check_apart(train: Any, validation: Any) -> None:
+    """Raises DataError if both splits are the same folder: what was trained on would be validated."""
+    readers = [getattr(dataset, "reader", None) for dataset in (train, validation)]
+    folders = [Path(reader.root) for reader in readers if isinstance(reader, ReaderImageFolder)]
+    if len(folders) == 2 and folders[0].samefile(folders[1]):
+        raise DataError(
+            f"{folders[0]} would be both training and validation split: divide it with scripts/holdout.py, "
+            "or train without validation (--val-split=)"
+        )
+
+
 def split_folder(root: Path, split: str) -> Path:
     """The folder below `root` that timm reads for a split; `root` itself if it isn't divided into splits."""
     split = split.split("[")[0]
@@ -76,6 +91,16 @@ def split_folder(root: Path, split: str) -> Path:
         if (root / name).exists():
             return root / name
     return root
+
+
+def _check_split(name: str, split: str) -> None:
+    """Raises DataError for a split of which timm would take all, or the test images, without a word."""
+    kind, _, which = name.lower().partition("/")
+    if "[" in split and kind in ("", "torch"):
+        raise DataError(f"split {split}: of {name or 'a folder'} no part can be taken")
+    known = [word for group in _SYNONYMS for word in group]
+    if kind == "torch" and which in _TRAIN_OR_TEST and split not in known:
+        raise DataError(f"data set {name} has no split {split!r} (it has: train, test)")
 
 
 def _check_folder(root: str | None, split: str) -> None:
@@ -169,5 +194,12 @@ class _CheckedImages(Dataset[Any]):
                     raise DataError(f"can't read image {name} ({error}); remove it or --skip-broken-images") from error
                 _logger.warning("skipped image %s (%s)", name, error)
             else:
-                return self.transform(image), target
+                return self._prepare(image, i), target
         raise DataError("no image of the data set can be read")
+
+    def _prepare(self, image: Image.Image, index: int) -> Any:
+        try:
+            return self.transform(image)
+        except Exception as error:  # as many kinds as there are augmentations
+            name = self.reader.filename(index, absolute=True)
+            raise DataError(f"can't prepare image {name}: {' '.join(str(error).split())}") from error

@@ -17,7 +17,7 @@ from timm.utils import random_seed
 from torch import nn
 
 from lab.cli import UserError, explained
-from lab.training.data import DataError, check_classes, open_dataset
+from lab.training.data import DataError, check_apart, check_classes, open_dataset
 from lab.training.runs import DAMAGE, load_file
 
 
@@ -84,8 +84,12 @@ def build_loaders(args: argparse.Namespace, config: dict[str, Any], device: torc
     if args.aug_repeats and not args.distributed:
         raise UserError("--aug-repeats needs several processes (torchrun)")
     mode = "RGB" if config["input_size"][0] == 3 else "L"
+    if mode == "L" and args.aa and not args.no_aug and not args.aa.startswith("3a"):
+        raise UserError(f"--aa {args.aa}: timm changes only colour images so; grey ones take 3a")
     train = open_split(args, args.train_split, mode, args.train_num_samples, is_training=True)
     validation = open_split(args, args.val_split, mode, args.val_num_samples) if args.val_split else None
+    if validation is not None and args.val_split != args.train_split:
+        check_apart(train, validation)
     check_classes(train, validation or train, args.num_classes)
     shared = {
         "input_size": config["input_size"], "mean": config["mean"], "std": config["std"],
@@ -146,6 +150,8 @@ def build_optimizer(args: argparse.Namespace, model: Any, updates: int) -> tuple
     """Optimizer, schedule (None without one), and how many epochs that lasts; `updates` are those of an epoch."""
     with explained("can't create optimizer or schedule"):
         check_betas(args)
+        if args.sched not in ("none", "constant") and args.min_lr > args.lr > 0:
+            raise ValueError(f"--min-lr {args.min_lr:g} is above the learning rate, {args.lr:g}")
         optimizer = create_optimizer_v2(model, **optimizer_kwargs(args), **args.opt_kwargs)
         metric = {"decreasing_metric": args.eval_metric == "loss"}
         schedule, epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args, **metric), updates_per_epoch=updates)
