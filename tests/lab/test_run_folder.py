@@ -184,6 +184,22 @@ def test_the_digest_covers_all_that_training_goes_on_with(begun: Path, change: A
         check_seal(state)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.update(brch=state.pop("arch")),
+        lambda state: state.update(saves=state.pop("saver")),
+        lambda state: state["saver"].update(sha257=state["saver"].pop("sha256")),
+    ],
+    ids=["arch", "saver", "digest"],
+)
+def test_a_changed_name_takes_nothing_out_of_the_check(begun: Path, change: Any) -> None:
+    state = load_file(begun / "last.pth.tar")
+    change(state)
+    with pytest.raises(ValueError, match="other keys than were saved"):
+        check_seal(state)
+
+
 def test_a_stray_numbered_checkpoint_is_no_traceback(moved: Path, tmp_path: Path) -> None:
     (moved / "last.pth.tar").unlink()
     (moved / "checkpoint-best.pth.tar").write_bytes((moved / "checkpoint-0.pth.tar").read_bytes())

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 from typing import Any
 
 import torch
 from timm.utils import CheckpointSaver
 
 _CONTENT = ("epoch", "metric", "args", "state_dict", "state_dict_ema", "optimizer", "amp_scaler")
+_BESIDE = ("arch", "version", "saver")  # what else a checkpoint has
 
 
 class SealedSaver(CheckpointSaver):
@@ -28,12 +30,20 @@ class SealedSaver(CheckpointSaver):
 
 def check_seal(state: Any) -> None:
     """Raises ValueError for a checkpoint whose content isn't what was saved; one without a SHA-256 passes."""
-    saver = state.get("saver") if isinstance(state, dict) else None
-    if not isinstance(saver, dict) or "sha256" not in saver:
+    parts = {key: part for key, part in state.items() if isinstance(part, dict)} if isinstance(state, dict) else {}
+    seals = [(key, name) for key, part in parts.items() for name, value in part.items() if _is_seal(name, value)]
+    if not seals:
         return
+    if seals != [("saver", "sha256")] or state.keys() - {*_CONTENT, *_BESIDE}:  # which would leave something unchecked
+        raise ValueError("it has other keys than were saved, so it has changed since it was written")
+    saver = state["saver"]
     rest = {key: value for key, value in saver.items() if key != "sha256"}
     if digest(state, rest) != saver["sha256"]:
         raise ValueError("its SHA-256 differs, so the file has changed since it was written; use another checkpoint")
+
+
+def _is_seal(name: Any, value: Any) -> bool:
+    return name == "sha256" or (isinstance(value, str) and bool(re.fullmatch("[0-9a-f]{64}", value)))
 
 
 def digest(state: dict[str, Any], saver: dict[str, Any]) -> str:
