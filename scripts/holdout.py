@@ -34,6 +34,8 @@ def link_splits(data: Path, out: Path, share: float, seed: int) -> dict[str, int
         raise DataError(f"data folder {data} has no split 'train'")
     if out.exists():
         raise UserError(f"output folder {out} exists: choose another")
+    if data.resolve() in out.resolve().parents:
+        raise UserError(f"output folder {out} is inside of {data}, which stays as it is: choose another")
     counts = {"train": 0, "validation": 0}
     try:
         for folder in sorted(path for path in source.iterdir() if path.is_dir()):

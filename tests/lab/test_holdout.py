@@ -63,3 +63,11 @@ def test_an_existing_folder_is_left_alone(tmp_path: Path, capsys: pytest.Capture
 
 def test_a_folder_without_splits_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no split 'train'" in error_line(holdout.main, [str(tmp_path), str(tmp_path / "out")], capsys)
+
+
+@pytest.mark.parametrize("out", ["data/train/out", "data/val", "data/train/../out"])
+def test_the_data_stays_as_it_is(out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = make_images(tmp_path / "data", train=10, validation=2)
+    before = listing(tmp_path)
+    assert "is inside of" in error_line(holdout.main, [str(data), str(tmp_path / out), "--share", "0.5"], capsys)
+    assert listing(tmp_path) == before
