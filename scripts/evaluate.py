@@ -15,6 +15,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -68,6 +69,8 @@ def evaluate(model: nn.Module, loader: Any, args: argparse.Namespace, device: to
                 output = model(x)
             evaluator.update(output, y)
     metrics = evaluator.compute()  # waits for the device
+    if not math.isfinite(metrics["loss"]):
+        raise UserError(f"the loss is {metrics['loss']}, so this model's outputs or weights are not finite")
     speed = evaluator.num_samples / (time.perf_counter() - start)
     shares = {"dead_units": activations.dead, "sparsity": activations.sparsity} if activations else {}
     return {**metrics, "images": evaluator.num_samples, "images_per_second": speed, **shares}

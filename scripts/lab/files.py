@@ -26,9 +26,13 @@ def environment(device: str) -> dict[str, str]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all: a kill or a full disk leaves the old one."""
+    """Write a file whole or not at all: a kill or a full disk leaves the old one. A device is written to."""
+    content = content.encode() if isinstance(content, str) else content
+    if path.is_char_device() or path.is_fifo():  # which a new file would replace
+        path.write_bytes(content)
+        return
     partial_path = path.with_name(f"tmp-{path.name}")
-    partial_path.write_bytes(content.encode() if isinstance(content, str) else content)
+    partial_path.write_bytes(content)
     os.replace(partial_path, path)
 
 

@@ -174,3 +174,24 @@ def test_names_that_the_terminal_cannot_show_end_no_script(run: Path, data: Path
     assert done.returncode == 0, done.stderr
     assert r"lauf \xf6" in done.stdout
     assert "top-1" in done.stdout
+
+
+def test_weights_that_are_not_finite_have_no_accuracy(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = load_file(run / "last.pth.tar")
+    weights = {name: value * float("nan") for name, value in state["state_dict"].items()}
+    torch.save({"state_dict": weights, "args": state["args"]}, tmp_path / "nan.pth.tar")
+    argv = ["--checkpoint", str(tmp_path / "nan.pth.tar"), "--data-dir", str(data), *FAST]
+    assert "the loss is nan" in error_line(evaluate.main, [*argv, "--results-file", str(tmp_path / "x.csv")], capsys)
+    assert not (tmp_path / "x.csv").exists()
+
+
+def test_results_may_go_to_a_pipe_which_stays_one(run: Path, data: Path, tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    argv = ["--checkpoint", str(run), "--data-dir", str(data), *FAST]
+    assert evaluate.main([*argv, "--results-file", str(pipe)]) == 0
+    assert os.read(reader, 10_000).startswith(b"model,top1")
+    os.close(reader)
+    assert pipe.is_fifo()
