@@ -17,6 +17,7 @@ from lab.release.checks import check
 from lab.release.hub import changes, check_token, push
 from lab.release.stage import FILES
 from loopback_hub import READ, WRITE, LoopbackHub
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from staging import make_folder, refresh, train
 
@@ -90,6 +91,14 @@ def edit_text(folder: Path, old: str, new: str) -> None:
     text = (folder / "config.json").read_text()
     assert old in text
     (folder / "config.json").write_text(text.replace(old, new))
+
+
+def comment_picture(folder: Path) -> None:
+    comment = PngImagePlugin.PngInfo()
+    comment.add_text("Comment", "hf_" + 34 * "a", zip=True)
+    with Image.open(folder / "curves.png") as picture:
+        picture.load()
+    picture.save(folder / "curves.png", pnginfo=comment)
 
 
 def link_log(folder: Path) -> None:
@@ -183,8 +192,65 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         for text in (
             *("x_hf_" + 34 * "a", "github_pat_" + 60 * "b", "glpat-" + 20 * "c", "xoxb-" + 24 * "1", "sk-" + 40 * "d"),
             *("-----BEGIN RSA PRIVATE KEY-----", "s3://me:pass@host/data", "AKIA" + 16 * "E"),
+            *("ASIA" + 16 * "E", "AIza" + 35 * "f", "npm_" + 36 * "g", "pypi-" + 60 * "h", "dckr_pat_" + 27 * "i"),
+            *(
+                "sk_live_" + 24 * "j",
+                "hvs." + 24 * "k",
+                "eyJhbGciOiJIUzI1.eyJzdWIiOiIxMjM0.sig",
+                "xapp-1-A0-" + 20 * "l",
+            ),
+            *("API_KEY = 'abcdef123456'", 'aws_secret_access_key="wJalrXUtnFEMI/K7"', "password: hunter22"),
         )
     },
+    "a token behind escapes in JSON": (
+        lambda f: edit_text(f, '"architecture"', r'"x": "hf\u005f' + 34 * "a" + '", "architecture"'),
+        "config.json holds what looks like a token",
+    ),
+    "a token behind escapes in YAML": (
+        lambda f: (f / "train_args.yaml").write_text(r'a: "hf\x5f' + 34 * "a" + '"'),
+        "train_args.yaml holds what looks like a token",
+    ),
+    "a token in UTF-16": (
+        lambda f: (f / "train.log").write_bytes(("hf_" + 34 * "a").encode("utf-16-le")),
+        "train.log is not text: it has zero bytes",
+    ),
+    "a token in a picture's comment": (lambda f: comment_picture(f), "curves.png holds what looks like a token"),
+    "a token behind a picture": (
+        lambda f: (f / "curves.png").write_bytes((f / "curves.png").read_bytes() + b"hf_" + 34 * b"a"),
+        "curves.png is not a picture: something follows it",
+    ),
+    "a token in the header of weights": (
+        lambda f: save_file(load_file(f / "model.safetensors"), f / "model.safetensors", {"by": "hf_" + 34 * "a"}),
+        "model.safetensors holds what looks like a token",
+    ),
+    **{
+        f"weights from elsewhere, {key}": (
+            lambda f, key=key, value=value: edit_config(f, lambda c: c["pretrained_cfg"].update({key: value})),
+            f"pretrained_cfg.{key} names weights outside of the folder",
+        )
+        for key, value in {
+            **{"url": "http://127.0.0.1/x", "file": "/etc/hostname", "hf_hub_id": "a/b", "custom_load": True},
+            **{"state_dict": {"a": 1}, "hf_hub_filename": "x"},
+        }.items()
+    },
+    **{
+        f"images prepared by {key} {value}": (
+            lambda f, key=key, value=value: edit_config(f, lambda c: c["pretrained_cfg"].update({key: value})),
+            f"--{key.replace('_', '-')}",
+        )
+        for key, value in (
+            *(("std", [0, 0, 0]), ("std", ["a"]), ("mean", [0.5, 0.5]), ("mean", [float("nan")] * 3)),
+            *(("crop_pct", 5), ("interpolation", "nope"), ("input_size", [4, 32, 32])),
+        )
+    },
+    "labels that are alike": (
+        lambda f: edit_config(f, lambda c: c.update(label_names=["a", "a", "b"])),
+        "different names",
+    ),
+    "labels that are no names": (
+        lambda f: edit_config(f, lambda c: c.update(label_names=[1, 2, 3])),
+        "different names",
+    ),
     "a picture that is a page": (lambda f: (f / "curves.png").write_text("<html>"), "curves.png is not a picture"),
     "a log that is no text": (lambda f: (f / "train.log").write_bytes(b"\xff\xfe\x00"), "train.log is not text"),
     "torn weights": (

@@ -4,27 +4,35 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import safetensors.torch
 import timm
 import torch
+import yaml
 from PIL import Image
 from torch import Tensor
 
-from lab.cli import UserError, explained
+from lab.cli import Parser, UserError, as_options, explained
 from lab.release.card import CARD, CONFIG, ODD, card
 from lab.release.stage import FILES
+from lab.training.groups import add_images
+from lab.training.options import check_channels
 from timm_sugar.models._weights import MODEL_CARDS, WEIGHTS, WEIGHTS_FILE, describe
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".tar")
-_TEXTS = (".md", ".json", ".yaml", ".csv", ".log")
 _SECRETS = re.compile(
-    r"(?<![A-Za-z0-9])((hf|api_org|gh[pousr]|github_pat)_\w{20,}|AKIA[0-9A-Z]{16}|(glpat|xox[abp]|sk)-[\w-]{20,})"
-    r"|PRIVATE KEY-----|://[^/\s:@]+:[^/\s:@]+@"
+    r"(?<![A-Za-z0-9])("
+    r"(hf|api_org|gh[pousr]|github_pat|npm|dckr_pat|[sr]k_live)_\w{20,}|(AKIA|ASIA)[0-9A-Z]{16}|AIza[\w-]{35}"
+    r"|(glpat|xox[abeprs]|xapp|sk|pypi)-[\w-]{20,}|(hvs|ya29|SG)[.][\w.-]{20,}|eyJ[\w-]{10,}[.]eyJ[\w-]{10,}[.]"
+    r"|(?i:api_?key|secret(_access)?_?key|password)[\"']?\s*[:=]\s*[\"']?[\w/+-]{8,}"
+    r")|PRIVATE KEY-----|://[^/\s:@]+:[^/\s:@]+@"
 )
+_ELSEWHERE = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "custom_load")  # other weights, or code
+_END_OF_PNG = b"IEND\xaeB`\x82"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
 LARGEST_IMAGE, MOST_CLASSES = 4096, 100_000  # pixels a side
 
@@ -63,14 +71,37 @@ def check_files(folder: Path) -> None:
     if missing := [name for name in FILES if name not in there]:
         raise UserError(f"{folder} has no {missing[0]}: make the folder with scripts/publish.py stage")
     for name in there:
-        if name.endswith(_TEXTS):
-            with explained(f"{folder / name} is not text"):
-                text = (folder / name).read_text()
-            if _SECRETS.search(text):
-                raise UserError(f"{folder / name} holds what looks like a token: remove it, and revoke the token")
-        if name.endswith(".png"):
-            with explained(f"{folder / name} is not a picture"), Image.open(folder / name, formats=["PNG"]) as picture:
-                picture.verify()
+        if any(map(_SECRETS.search, read_texts(folder / name))):
+            raise UserError(f"{folder / name} holds what looks like a token: remove it, and revoke the token")
+
+
+def read_texts(path: Path) -> list[str]:
+    """What a file says, as it stands and without escapes: a picture in its comments, weights in their header.
+
+    Raises UserError for a file that isn't what its name says.
+    """
+    if path.suffix == ".png":
+        with explained(f"{path} is not a picture"):
+            with Image.open(path, formats=["PNG"]) as picture:
+                picture.load()
+                said = [f"{key} {value}" for key, value in picture.info.items()]
+            if not path.read_bytes().endswith(_END_OF_PNG):
+                raise ValueError("something follows it")
+        return said
+    if path.suffix == ".safetensors":
+        with explained(f"{path} is not a whole safetensors file"), safetensors.safe_open(path, "pt") as file:
+            return [f"{key} {value}" for key, value in (file.metadata() or {}).items()] + list(file.keys())
+    with explained(f"{path} is not text"):
+        text = path.read_text()
+        if "\0" in text:
+            raise ValueError("it has zero bytes")
+    texts = [text]
+    with suppress(ValueError, RecursionError, yaml.YAMLError):  # which other checks explain
+        if path.suffix == ".json":
+            texts.append(json.dumps(json.loads(text), ensure_ascii=False))
+        elif path.suffix == ".yaml":
+            texts.append(json.dumps(yaml.safe_load(text), ensure_ascii=False, default=str))
+    return texts
 
 
 def check_config(folder: Path) -> dict[str, Any]:
@@ -86,6 +117,8 @@ def check_config(folder: Path) -> dict[str, Any]:
     for arguments in (config["sugar"]["model_args"], config.get("model_args") or {}):
         if taken := sorted(arguments.keys() & signature(timm.create_model).parameters.keys()):
             raise UserError(f"{path}: model_args.{taken[0]} is no argument of a model: remove it")
+    if elsewhere := [key for key in _ELSEWHERE if cfg.get(key) not in (None, "", False)]:
+        raise UserError(f"{path}: pretrained_cfg.{elsewhere[0]} names weights outside of the folder: remove it")
     if not cfg.get("license"):
         raise UserError(f"{path} names no licence: add pretrained_cfg.license")
     size, classes = cfg.get("input_size"), config.get("num_classes")
@@ -101,7 +134,26 @@ def check_config(folder: Path) -> dict[str, Any]:
     ):
         if said != found:
             raise UserError(f"{path}: {what} is {said!r} and should be {'left out' if found is None else repr(found)}")
+    if not all(isinstance(label, str) for label in labels) or len({*labels}) < len(labels):
+        raise UserError(f"{path}: label_names must be different names")
+    check_preprocessing(path, cfg)
     return config
+
+
+class _Preprocessing(Parser):
+    """The options that say how images are prepared, read from a config."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{self.prog}: pretrained_cfg: {message}")
+
+
+def check_preprocessing(path: Path, cfg: dict[str, Any]) -> None:
+    """Raises UserError for a config that prepares images as no option of training could say."""
+    parser = _Preprocessing(str(path))
+    add_images(parser.add_argument)
+    given = {name: cfg[name] for name in ("mean", "std", "crop_pct", "interpolation") if name in cfg}
+    words = [word for name, value in given.items() for word in as_options(name, value)]
+    check_channels(parser.parse_args([*words, "--input-size", *map(str, cfg["input_size"])]))
 
 
 def _is_whole(value: Any, most: int) -> bool:
