@@ -134,6 +134,20 @@ def tag(text: str) -> str:
     return text
 
 
+def word(text: str) -> str:
+    """A licence or the name of an organisation as an option, as the Hub would take it."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"expected letters, digits, _, . and - only, not {text!r}")
+    return text
+
+
+def line(text: str) -> str:
+    """An option that becomes a part of a line of the card."""
+    if not text.strip() or not text.isprintable():
+        raise argparse.ArgumentTypeError(f"expected some words on one line, not {text!r}")
+    return text
+
+
 def build_parser() -> Parser:
     """All commands and their options."""
     parser = Parser("publish.py", description=__doc__)
@@ -150,7 +164,7 @@ def build_parser() -> Parser:
     add = command("stage", stage_run, "make a model's folder from a training run")
     add("run", type=Path, metavar="RUN", help="folder of a finished run of scripts/train.py")
     add("--tag", required=True, type=tag, metavar="TAG", help="tells these weights from others, e.g. bsilu_cifar10")
-    add("--dataset", required=True, metavar="NAME", help="cifar10, tin200, or a name of your own")
+    add("--dataset", required=True, type=line, metavar="NAME", help="cifar10, tin200, or a name of your own")
     add("--data-dir", metavar="DIR", help="data to evaluate on (default: that of the run)")
     add(
         "--img-size",
@@ -158,9 +172,17 @@ def build_parser() -> Parser:
         metavar="N",
         help="pixels to publish and evaluate it at (default: as trained)",
     )
-    add("--license", default="apache-2.0", metavar="ID", help="of the weights (default: %(default)s)")
-    add("--note", action="append", default=[], metavar="TEXT", help="a sentence on the training for the card")
-    add("--org", default=ORG, metavar="ORG", help="organisation or user that the card names (default: %(default)s)")
+    add("--license", default="apache-2.0", type=word, metavar="ID", help="of the weights (default: %(default)s)")
+    add(
+        "--note", action="append", default=[], type=line, metavar="TEXT", help="a sentence on the training for the card"
+    )
+    add(
+        "--org",
+        default=ORG,
+        type=word,
+        metavar="ORG",
+        help="organisation or user that the card names (default: %(default)s)",
+    )
 
     add = command("twin", measure_twin, "add the numbers of the same run with the base model")
     add("names", nargs=1, metavar="NAME", help="ARCHITECTURE.TAG")
@@ -172,7 +194,7 @@ def build_parser() -> Parser:
 
     add = command("push", push_all, "put models on the Hub")
     add("names", **names)
-    add("--org", default=ORG, metavar="ORG", help="organisation or user on the Hub (default: %(default)s)")
+    add("--org", default=ORG, type=word, metavar="ORG", help="organisation or user on the Hub (default: %(default)s)")
     add("--private", action="store_true", help="nobody else sees the repositories")
     add("--dry-run", action="store_true", help="only say what would change")
     return parser

@@ -136,6 +136,10 @@ def test_push_without_a_token_that_may_write_is_one_line(
         ("stage {root}/test_resnet_sugar --tag= --dataset d --models {root}/new", "a tag has letters"),
         ("stage {root}/test_resnet_sugar --tag x --dataset d --img-size 0 --models {root}/new", "expected"),
         ("stage {root}/test_resnet_sugar --tag x --dataset d --img-size 9999999 --models {root}/new", "1 to 4096"),
+        ("stage {root}/test_resnet_sugar --tag x --dataset= --models {root}/new", "--dataset: expected some words"),
+        ("stage {root}/test_resnet_sugar --tag x --dataset d --license= --models {root}/new", "--license: expected"),
+        ("stage {root}/test_resnet_sugar --tag x --dataset d --org ../x --models {root}/new", "--org: expected"),
+        ("push --org a/b --models {root}/models", "--org: expected letters"),
         ("cards --models {root}/none", "no models in"),
         ("stage {root}/none --tag x --dataset d --models {root}/new", "is not a training run"),
         ("stage {root}/test_resnet_sugar --tag bsilu_x --dataset d --models {root}/models", "exists"),
@@ -153,6 +157,14 @@ def test_mistakes_are_one_line_and_leave_nothing(
 ) -> None:
     assert message in error_line(publish.main, [part.format(root=root) for part in command.split()], capsys)
     assert not (root / "new").exists() or not list((root / "new").iterdir())
+
+
+@pytest.mark.parametrize(("option", "text"), [("--note", "a\n---\nb"), ("--note", " "), ("--license", "mit\ntags: x")])
+def test_an_option_is_one_line_of_the_card(
+    option: str, text: str, root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["stage", str(root / "test_resnet_sugar"), "--tag", "x", "--dataset", "d", "--models", str(root / "new")]
+    assert f"argument {option}: expected" in error_line(publish.main, [*argv, option, text], capsys)
 
 
 def test_cards_are_written_again_and_other_files_are_left(root: Path) -> None:
