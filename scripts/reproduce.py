@@ -43,6 +43,7 @@ from lab.experiments.table import Key, Table, list_tables, load_table
 from lab.experiments.tuning import tuning_of
 from lab.files import read_rows
 from lab.training.data import open_dataset
+from lab.training.groups import n
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = {"epochs": 1, "batch_size": 8, "warmup_epochs": 0}
@@ -54,7 +55,7 @@ def build_parser() -> Parser:
     parser = Parser("reproduce.py", description=__doc__, epilog=f"Tables: {', '.join(list_tables())}.")
     add = parser.add_argument
     add("table", nargs="?", metavar="TABLE", help="name of a table, or a YAML file")
-    add("--seeds", type=int, metavar="N", help="run the seeds 0 to N - 1 (default: as many as the table says)")
+    add("--seeds", **n(1), help="run the seeds 0 to N - 1 (default: as many as the table says)")
     add("--only", nargs="+", default=["*"], metavar="PATTERN", help="variants to run, e.g. relu 'sugar-*'")
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on after what is there (default)")
     add("--rerun", action="store_true", help="also what results/ has a row of, unless OUTPUT has that run")
@@ -63,7 +64,7 @@ def build_parser() -> Parser:
     add("--dataset", metavar="NAME", help="as for scripts/train.py, e.g. torch/cifar100")
     add("--dataset-download", action="store_true", help="as for scripts/train.py")
     add("--device", metavar="NAME", help="as for scripts/train.py")
-    add("-j", "--workers", type=int, default=4, metavar="N", help="as for scripts/train.py (default: %(default)s)")
+    add("-j", "--workers", **n(0, 256, default=4), help="as for scripts/train.py (default: %(default)s)")
     add("--output", type=Path, default=Path("output/reproduce"), metavar="DIR", help="of runs (default: %(default)s)")
     add("--results", type=Path, default=ROOT / "results", metavar="DIR", help="of the numbers (default: results/)")
     return parser
@@ -205,8 +206,6 @@ def smoke_of(table: Table, patterns: Sequence[str]) -> Table:
 
 def run(args: argparse.Namespace) -> None:
     """Run the table if one is named, then write pictures and the page."""
-    if args.seeds is not None and args.seeds < 1:
-        raise UserError("--seeds must be at least 1")
     if args.table:
         table = load_table(args.table)
         with explained(f"--seeds {args.seeds}"):

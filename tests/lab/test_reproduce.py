@@ -416,6 +416,10 @@ def test_a_file_that_is_no_table_is_named(
 
 def test_an_unknown_table_is_answered_with_the_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert "cifar10_resnet18" in error_line(reproduce.main, ["nonsense"], capsys)
+    assert "--workers: expected 0 to 256, not -1" in error_line(
+        reproduce.main, ["cifar10_resnet18", "-j", "-1"], capsys
+    )
+    assert "--seeds: expected 1 or more" in error_line(reproduce.main, ["cifar10_resnet18", "--seeds", "0"], capsys)
 
 
 def test_page_is_that_of_the_committed_numbers_and_every_row_can_be_made_again() -> None:
