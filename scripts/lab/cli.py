@@ -7,6 +7,7 @@ import difflib
 import importlib
 import io
 import math
+import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -107,6 +108,14 @@ def real(
         return number
 
     return parse
+
+
+def say(line: str) -> None:
+    """Print a line, also where nobody reads any more (`| head`) or the disk of a redirected output is full."""
+    try:
+        print(line, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is printed, and flushed, later
 
 
 class KeyValues(ParseKwargs):

@@ -200,6 +200,21 @@ def test_a_changed_name_takes_nothing_out_of_the_check(begun: Path, change: Any)
         check_seal(state)
 
 
+def test_a_name_that_is_too_long_is_one_line(begun: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--config", str(begun / "args.yaml"), "--output", str(tmp_path), "--experiment", 300 * "x"]
+    assert "can't write to output folder" in error_line(train.main, argv, capsys)
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="a device of Linux")
+def test_a_run_outlives_its_terminal(begun: Path, tmp_path: Path) -> None:
+    argv = ["--config", str(begun / "args.yaml"), "--output", str(tmp_path), "--experiment", "run"]
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, str(SCRIPTS / "train.py"), *argv]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=200)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "epoch 0 validation" in (tmp_path / "run" / "train.log").read_text()
+
+
 def test_a_stray_numbered_checkpoint_is_no_traceback(moved: Path, tmp_path: Path) -> None:
     (moved / "last.pth.tar").unlink()
     (moved / "checkpoint-best.pth.tar").write_bytes((moved / "checkpoint-0.pth.tar").read_bytes())

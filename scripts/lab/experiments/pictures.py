@@ -20,8 +20,8 @@ PANELS = {"dead": "dead units (%)", "zeros": "exact zeros (%)", "gradient": "uni
 def write_picture(table: Table, results: Path) -> None:
     """Draw results/TABLE.png: top-1 of every run, and over the epochs top-1 and dead units.
 
-    Over the epochs these are means over the seeds, in bands of their standard deviation. Nothing is drawn while no run is
-    done.
+    Over the epochs these are means over the seeds, in bands of their standard deviation. Nothing is drawn while no run
+    is done.
     """
     from matplotlib import colormaps
     from matplotlib.figure import Figure  # here, since it takes long to import

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from lab.cli import UserError, explained
+from lab.cli import UserError, explained, say
 from lab.files import write_atomically, write_rows
 from lab.training.options import folder_of
 from lab.training.runs import DAMAGE, START, plot_curves, read_summary, write_summary
@@ -49,8 +49,10 @@ class RunFolder:
 
     def check_unused(self) -> None:
         """Raises UserError if there are files of another run."""
-        used = self.path.is_dir() and any(path.name not in _LEFT_BY_A_KILL for path in self.path.iterdir())
-        if used or self.path.is_file():
+        with explained(f"can't write to output folder {self.path}"):  # as for a name that is too long
+            used = self.path.is_dir() and any(path.name not in _LEFT_BY_A_KILL for path in self.path.iterdir())
+            used = used or self.path.is_file()
+        if used:
             raise UserError(
                 f"output folder {self.path} exists: choose another --experiment or continue it with --resume"
             )
@@ -110,7 +112,7 @@ class RunFolder:
 
     def log(self, line: str) -> None:
         """Print a line, and add it to train.log."""
-        print(line, flush=True)
+        say(line)
         with self.saving(), open(self.path / "train.log", "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line + "\n")
 

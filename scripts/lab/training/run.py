@@ -17,7 +17,7 @@ from timm.task import evaluation_sample_limit
 from timm.utils import AverageMeter, dispatch_clip_grad, distribute_bn, random_seed, unwrap_model
 from tqdm import tqdm
 
-from lab.cli import Parser, UserError, explained, import_modules
+from lab.cli import Parser, UserError, explained, import_modules, say
 from lab.training.divergence import STATUS, Diverged, all_finite, diverged
 from lab.training.prepared import Prepared
 from lab.training.runs import DAMAGE, measure
@@ -64,7 +64,7 @@ def run_command(prog: str, kind: type[Run], parse: Callable[[], tuple[argparse.N
             torch.distributed.destroy_process_group()
     if run.folder:
         saver, what = run.folder.saver, measure(args).removeprefix("eval_")
-        print(f"done: {run.folder.path}; best {what} {saver.best_metric:.3f} in epoch {saver.best_epoch}")
+        say(f"done: {run.folder.path}; best {what} {saver.best_metric:.3f} in epoch {saver.best_epoch}")
     return 0
 
 
