@@ -32,7 +32,11 @@ def sugar(x: Tensor, surrogate: str | Surrogate = "bsilu", *, save_memory: bool 
         ValueError: if the surrogate is unknown, or a parameter is out of range.
 
     Example:
-        >>> y = timm_sugar.sugar(torch.randn(3, requires_grad=True), "nelu", alpha=0.05)
+        >>> x = torch.tensor([-1.0, 2.0], requires_grad=True)
+        >>> y = timm_sugar.sugar(x, "nelu", alpha=0.5)
+        >>> y.sum().backward()
+        >>> x.grad
+        tensor([-0.2500,  1.0000])
     """
     chosen = get_surrogate(surrogate, **parameters)
     if save_memory and not torch.compiler.is_compiling():
@@ -64,8 +68,11 @@ def relu_gradient() -> Iterator[None]:
         RuntimeError: if it is entered inside of a compiled function.
 
     Example:
+        >>> x = torch.tensor([-1.0, 1.0], requires_grad=True)
         >>> with timm_sugar.relu_gradient():
-        ...     (gradient,) = torch.autograd.grad(model(x).sum(), x)
+        ...     (gradient,) = torch.autograd.grad(timm_sugar.sugar(x).sum(), x)
+        >>> gradient
+        tensor([0., 1.])
     """
     _uncompiled.enter()
     token = uses_relu_gradient.set(True)
@@ -104,9 +111,21 @@ _uncompiled = _Uncompiled()
 class SUGAR(nn.Module):
     """`sugar` as a module, for any place that takes an activation layer.
 
-    `inplace` comes first and is accepted because timm and torchvision pass it; it has no effect, as the backward pass
-    needs the pre-activation. `save_memory` is that of `sugar`. Raises as `sugar` does, and TypeError for a surrogate's
-    name in its place.
+    Args:
+        inplace: comes first and is accepted because timm and torchvision pass it. Has no effect, as the backward pass
+            needs the pre-activation.
+        surrogate: as of `sugar`.
+        save_memory: as of `sugar`.
+        parameters: the surrogate's, e.g. alpha; they are attributes of the module, too.
+
+    Raises:
+        TypeError: as `sugar`, and for a surrogate's name in the place of `inplace`.
+        ValueError: as `sugar`.
+
+    Example:
+        >>> module = timm_sugar.SUGAR(surrogate="nelu", alpha=0.05)
+        >>> module.alpha
+        0.05
     """
 
     surrogate: str
@@ -141,7 +160,10 @@ class SUGAR(nn.Module):
         `sugar` does.
 
         Example:
+            >>> module = timm_sugar.SUGAR()
             >>> module.set_surrogate(alpha=0.5)
+            >>> module
+            SUGAR(surrogate='bsilu', alpha=0.5)
         """
         if surrogate is None:
             known = get_surrogate(self.surrogate)
@@ -240,8 +262,9 @@ def warm_up(model: nn.Module, device: Any = None, dtype: torch.dtype | None = No
         ValueError: if there is no SUGAR in it.
 
     Example:
-        >>> with torch.autocast("cuda", torch.bfloat16):
-        ...     timm_sugar.warm_up(model)
+        >>> model = timm.create_model("test_resnet_sugar")
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     model = timm_sugar.warm_up(model)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"warm_up() needs an nn.Module, not {type(model).__name__}")

@@ -245,9 +245,11 @@ def track_activations(model: nn.Module, detailed: bool = False, tau: float = DOR
         ValueError: for a tau that is no number or negative.
 
     Example:
-        >>> with timm_sugar.track_activations(model) as activations:
-        ...     validate(model)
-        >>> activations.dead
+        >>> model = timm.create_model("test_resnet_sugar").eval()
+        >>> with timm_sugar.track_activations(model) as activations, torch.no_grad():
+        ...     output = model(torch.randn(8, 3, 64, 64))
+        >>> 0 < activations.sparsity < 1
+        True
     """
     if isinstance(tau, bool) or not isinstance(tau, (int, float)) or not tau >= 0:
         raise ValueError(f"tau must be a number, 0 or more, not {tau!r}")
@@ -304,7 +306,11 @@ def diagnose(
             no hidden activation is found.
 
     Example:
-        >>> print(timm_sugar.diagnose(model, loader))
+        >>> model = timm.create_model("test_resnet_sugar", num_classes=10)
+        >>> loader = [(torch.randn(8, 3, 64, 64), torch.arange(8))]
+        >>> report = timm_sugar.diagnose(model, loader)  # print(report) shows a table
+        >>> 0 <= report.dead <= 1
+        True
     """
     modes = [(module, module.training) for module in model.modules()]
     empty = True

@@ -39,8 +39,9 @@ def set_surrogate(model: nn.Module, surrogate: str | Surrogate | None = None, **
         ValueError: if there is no SUGAR module, a value is out of range, or the surrogate is unknown.
 
     Example:
-        >>> timm_sugar.set_surrogate(model, alpha=0.5)
-        >>> timm_sugar.set_surrogate(model, "nelu", alpha=0.05)
+        >>> model = timm.create_model("test_resnet_sugar")  # B-SiLU
+        >>> model = timm_sugar.set_surrogate(model, alpha=0.5)
+        >>> model = timm_sugar.set_surrogate(model, "nelu", alpha=0.05)
     """
     modules = _modules(model, "set_surrogate")
     if surrogate is not None:
@@ -70,10 +71,12 @@ class SurrogateSchedule:
         ValueError: if there is no SUGAR module, or something is out of range.
 
     Example:
-        >>> schedule = timm_sugar.SurrogateSchedule(model, alpha=(1.67, 0.1), updates=1000)
-        >>> for images, labels in loader:
-        ...     train_step(model, images, labels)
-        ...     schedule.step()
+        >>> model = timm.create_model("test_resnet_sugar")
+        >>> schedule = timm_sugar.SurrogateSchedule(model, alpha=(1.5, 0.5), shape="linear", updates=4)
+        >>> for _ in range(2):
+        ...     schedule.step()  # after each update of the weights
+        >>> schedule.values()
+        {'alpha': 1.0}
     """
 
     def __init__(

@@ -102,7 +102,7 @@ def sugarize(
         The model is then unchanged.
 
     Example:
-        >>> model = timm_sugar.sugarize(timm.create_model("convnext_tiny"), "nelu", alpha=0.01)
+        >>> model = timm_sugar.sugarize(timm.create_model("convnext_atto"), "nelu", alpha=0.01)
         >>> model = timm_sugar.sugarize(model, {"stages.3.*": "bsilu", "*": "nelu"})
     """
     _require_module(model, "sugarize")
@@ -206,7 +206,9 @@ def to_relu(model: nn.Module) -> Any:
         TypeError: if it is no module.
 
     Example:
-        >>> model = timm_sugar.to_relu(timm.create_model("resnet18_sugar"))
+        >>> model = timm_sugar.to_relu(timm.create_model("test_resnet_sugar"))
+        >>> set(timm_sugar.list_activations(model).values())
+        {'ReLU'}
     """
     _require_module(model, "to_relu")
     if isinstance(model, SUGAR):
@@ -235,7 +237,9 @@ def replace_activations(model: nn.Module, make: Callable[[], nn.Module]) -> Any:
         ValueError: if there is no SUGAR module in it.
 
     Example:
-        >>> model = timm_sugar.replace_activations(timm.create_model("resnet18_sugar"), nn.GELU)
+        >>> model = timm_sugar.replace_activations(timm.create_model("test_resnet_sugar"), nn.GELU)
+        >>> set(timm_sugar.list_activations(model).values())
+        {'GELU'}
     """
     places = [place for place in find_places(model) if isinstance(place.activation, SUGAR)]
     if not places:
@@ -251,8 +255,12 @@ def sugarized(model: nn.Module, surrogate: Chosen | Mapping[str, Chosen] = "bsil
     Args and errors are those of `sugarize`; a model that is itself one activation is refused with ValueError.
 
     Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.GELU())
         >>> with timm_sugar.sugarized(model, "nelu"):
-        ...     train(model)
+        ...     print(model[1])
+        SUGAR(surrogate='nelu', alpha=0.01)
+        >>> model[1]
+        GELU(approximate='none')
     """
     _require_module(model, "sugarized")
     types, save_memory = options.get("types", ()), options.get("save_memory", False)

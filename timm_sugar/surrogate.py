@@ -35,7 +35,9 @@ _RESERVED = frozenset(
 
 @dataclass(frozen=True)
 class Surrogate:
-    """A smooth stand-in for ReLU, with the values of its parameters; `get_surrogate` returns one.
+    """A smooth stand-in for ReLU, with the values of its parameters.
+
+    `get_surrogate` returns one; nobody else needs to make one.
 
     Attributes:
         name: by which `sugar`, `SUGAR`, `sugarize` and `create_model` know it.
@@ -45,6 +47,10 @@ class Surrogate:
         parameters: names and values, in the order in which the functions take them.
         formula: identifies the derivative, so that a compiler's cache never answers with that of an older one.
         may_be_zero: names of the parameters for which the derivative is finite at 0.
+
+    Example:
+        >>> timm_sugar.get_surrogate("bsilu").derivative(torch.zeros(1), 1.67)
+        tensor([0.9175])
     """
 
     name: str
@@ -144,6 +150,7 @@ def register_surrogate(
     Example:
         >>> timm_sugar.register_surrogate(
         ...     "softplus", derivative=lambda x, beta: torch.sigmoid(beta * x), beta=2.0)
+        >>> y = timm_sugar.sugar(torch.randn(3, requires_grad=True), "softplus", beta=3.0)
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"the name of a surrogate must be a string, not {name!r}")
