@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from timm_sugar import _torch
-from timm_sugar.surrogate import Formula, get_surrogate, surrogate_derivative
+from timm_sugar.surrogate import Formula, Surrogate, get_surrogate, known_surrogate, surrogate_derivative
 
 _CHUNK = 1 << 17  # elements, from which on a CPU's gradient is compiled; so many intermediate results stay in its cache
 _WORTHWHILE = 1 << 14  # elements, from which on a compiled gradient is faster on a CPU if it is there already
@@ -41,10 +41,16 @@ class Kind(NamedTuple):
     width: int
 
     @classmethod
-    def of(cls, x: Tensor, surrogate: str) -> Kind:
+    def of(cls, x: Tensor, surrogate: str | Surrogate) -> Kind:
         """The kind of kernel for a dense tensor: on a GPU, loads are vectorised in rows of 16 elements alone."""
         width = 1 if x.is_cpu or x.numel() % 16 else 16
-        return cls(surrogate, get_surrogate(surrogate).formula, x.dtype, x.device, width)
+        found = get_surrogate(surrogate)
+        return cls(found.name, found.formula, x.dtype, x.device, width)
+
+    @property
+    def known(self) -> Surrogate:
+        """The surrogate with this formula; what its parameters are is not said."""
+        return known_surrogate(self.surrogate, self.formula)
 
 
 Kernel = Callable[..., tuple[Tensor]]
@@ -54,7 +60,7 @@ _off: set[Kind] = set()  # the formula does without; a line said why
 _lock = threading.RLock()  # the compiler is not made for several threads
 
 
-def times_derivative(direction: Tensor, x: Tensor, surrogate: str, values: list[Any]) -> Tensor:
+def times_derivative(direction: Tensor, x: Tensor, surrogate: str | Surrogate, values: list[Any]) -> Tensor:
     """direction * derivative of the surrogate at x, rounded once to direction's dtype, by the fastest way there is.
 
     x and direction: one shape; values: numbers or 0-dim tensors. Differentiable once more; any layout, device,
@@ -67,7 +73,7 @@ def times_derivative(direction: Tensor, x: Tensor, surrogate: str, values: list[
     return (direction * surrogate_derivative(x, surrogate, values)).to(direction.dtype)
 
 
-def prepare(x: Tensor, surrogate: str, values: list[float]) -> None:
+def prepare(x: Tensor, surrogate: str | Surrogate, values: list[float]) -> None:
     """Compile in the forward pass what `times_derivative` will want for x, so that all backward passes are alike."""
     if x.numel() <= _WORTHWHILE:  # the usual reason, told fast
         return
@@ -75,7 +81,9 @@ def prepare(x: Tensor, surrogate: str, values: list[float]) -> None:
         compiled_gradient(Kind.of(x, surrogate), values)
 
 
-def prepare_all(settings: Iterable[tuple[str, list[float]]], dtype: torch.dtype, device: torch.device) -> None:
+def prepare_all(
+    settings: Iterable[tuple[str | Surrogate, list[float]]], dtype: torch.dtype, device: torch.device
+) -> None:
     """Compile what `times_derivative` will want for surrogates with their values, for tensors of any size."""
     for surrogate, values in settings:
         for size in (16, 1):  # each has its kind of kernel
@@ -107,18 +115,18 @@ def _fused(direction: Tensor, x: Tensor, kind: Kind, values: list[float]) -> Ten
     """direction * derivative in one pass over memory, by a compiled kernel if there is one."""
     kernel = None if _torch.in_dispatch_mode() else compiled_gradient(kind, values)
     if kernel is None and not x.is_cpu:
-        return (direction * surrogate_derivative(x, kind.surrogate, values)).to(direction.dtype)
+        return (direction * surrogate_derivative(x, kind.known, values)).to(direction.dtype)
     if direction.stride() != x.stride():
         direction = torch.empty_like(x).copy_(direction)
     if kernel is None:
         flat_x, flat_direction = (tensor.as_strided((x.numel(),), (1,)) for tensor in (x, direction))
-        return _in_chunks(flat_direction, flat_x, kind.surrogate, values).as_strided(x.shape, x.stride())
+        return _in_chunks(flat_direction, flat_x, kind.known, values).as_strided(x.shape, x.stride())
     rows = (x.numel() // kind.width, kind.width)
     matrices = (tensor.as_strided(rows, (kind.width, 1)) for tensor in (direction, x))
     return kernel(*matrices).as_strided(x.shape, x.stride())
 
 
-def _in_chunks(direction: Tensor, x: Tensor, surrogate: str, values: list[float]) -> Tensor:
+def _in_chunks(direction: Tensor, x: Tensor, surrogate: Surrogate, values: list[float]) -> Tensor:
     """direction * derivative, a piece of memory at a time: on a CPU the formula is otherwise as slow as the memory."""
     result = torch.empty_like(x)
     pieces = (tensor.split(_CHUNK * torch.get_num_threads()) for tensor in (result, x, direction))
@@ -192,7 +200,7 @@ def _compile_and_check(kind: Kind, values: list[float], baked: tuple[float, ...]
     _say_once("compiling the gradient of SUGAR: some seconds, once (TORCH_COMPILE_DISABLE=1 does without)")
     arguments = kind.dtype, kind.device, kind.width, len(values), baked
     try:
-        graph, examples = trace_gradient(get_surrogate(kind.surrogate).derivative, *arguments)
+        graph, examples = trace_gradient(kind.known.derivative, *arguments)
     except Exception:
         if baked is None and values:  # the formula asks for a number, as math.sqrt(alpha) does
             return None
@@ -249,7 +257,7 @@ def _agrees(kernel: Kernel, kind: Kind, values: list[float], baked: tuple[float,
     for factor in (1.0,) if baked is not None else (1.0, 0.6, 2.5):
         scaled = [factor * value for value in values]
         scalars = () if baked is not None else _scalars(tuple(scaled), kind.dtype)
-        expected = surrogate_derivative(x, kind.surrogate, scaled)
+        expected = surrogate_derivative(x, kind.known, scaled)
         found = 2 * _call(kernel, scalars, half, x).to(expected.dtype)
         rounding = {"rtol": 8 * torch.finfo(kind.dtype).eps, "atol": 64 * torch.finfo(expected.dtype).eps}
         if not torch.allclose(found, expected, **rounding, equal_nan=True):

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from timm_sugar import _torch
 from timm_sugar._compiled import prepare, times_derivative
+from timm_sugar.surrogate import Surrogate, known_surrogate
 
 _library = torch.library.Library("timm_sugar", "DEF")
 # `formula` identifies the derivative: compiler caches key on an operator's arguments, not on its Python kernel.
@@ -35,7 +36,7 @@ _scheduled_operator = torch.ops.timm_sugar.relu_scheduled.default
 uses_relu_gradient: ContextVar[bool] = ContextVar("uses_relu_gradient", default=False)
 
 
-Setting = tuple[str | None, list[float]]  # the surrogate, or None for ReLU's own derivative, and its parameters
+Setting = tuple[Surrogate | None, list[float]]  # None for ReLU's own derivative; values of the parameters
 
 
 def _gradient(ctx: Any, direction: Tensor) -> Tensor:
@@ -43,7 +44,7 @@ def _gradient(ctx: Any, direction: Tensor) -> Tensor:
     (x,) = ctx.saved_tensors
     surrogate, values = ctx.setting
     if surrogate is None:
-        return direction * ~(x <= 0)  # as F.relu: 0 at 0, and NaN lets the gradient through
+        return torch.where(x <= 0, 0.0, direction)  # as F.relu: 0 at 0, also of infinity; NaN in x lets all through
     return times_derivative(direction, x, surrogate, values)
 
 
@@ -96,8 +97,8 @@ class _OperatorFunction(_torch.SingleLevelFunction or torch.autograd.Function): 
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, _, surrogate, values, _ = inputs
-        ctx.setting = None if uses_relu_gradient.get() else surrogate, values
+        x, _, surrogate, values, formula = inputs
+        ctx.setting = None if uses_relu_gradient.get() else known_surrogate(surrogate, formula), values
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
 
@@ -189,7 +190,7 @@ def _recomputed(operator: Any, *arguments: Any) -> Tensor:
     return checkpoint(operator, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
-def _apply_eagerly(x: Tensor, surrogate: str, values: list[float]) -> Tensor:
+def _apply_eagerly(x: Tensor, surrogate: str, values: list[float], formula: str) -> Tensor:
     if not x.dtype.is_floating_point:
         _check(x)
     recorded = torch.is_grad_enabled() and (x.requires_grad or not _torch.can_nest)  # which may hide it
@@ -198,9 +199,10 @@ def _apply_eagerly(x: Tensor, surrogate: str, values: list[float]) -> Tensor:
     if x.layout != torch.strided or x.is_nested:
         layout = "nested" if x.is_nested else x.layout
         raise TypeError(f"sugar() has no gradient for a tensor of layout {layout}: call it on the values inside")
-    prepare(x, surrogate, values)
+    known = known_surrogate(surrogate, formula)
+    prepare(x, known, values)
     function = _EagerFunction if _torch.can_nest else _TransformedFunction
-    return function.apply(x, (None if uses_relu_gradient.get() else surrogate, values))
+    return function.apply(x, (None if uses_relu_gradient.get() else known, values))
 
 
 def apply(x: Tensor, surrogate: str, values: list[float], formula: str) -> Tensor:
@@ -208,7 +210,7 @@ def apply(x: Tensor, surrogate: str, values: list[float], formula: str) -> Tenso
     if not torch.jit.is_scripting():  # alone, so that TorchScript skips what it can't compile
         is_compiling = torch.compiler.is_dynamo_compiling()
         if not is_compiling and _torch.is_eager(x):
-            return _apply_eagerly(x, surrogate, values)
+            return _apply_eagerly(x, surrogate, values, formula)
         if isinstance(x, torch.fx.Proxy):  # has no dtype, and its graph may run with gradients later
             return torch.ops.timm_sugar.relu(x, surrogate, values, formula)  # TorchScript knows no `.default`
         _check(x)
@@ -218,7 +220,7 @@ def apply(x: Tensor, surrogate: str, values: list[float], formula: str) -> Tenso
             if not _torch.is_exporting() and not _torch.in_transform():  # which takes no checkpoint
                 return _recomputed(_operator, x, surrogate, _constants(values), formula)
         elif x.layout != torch.strided or x.is_nested:
-            return _apply_eagerly(x, surrogate, values)
+            return _apply_eagerly(x, surrogate, values, formula)
         elif not _is_recorded(x):
             return F.relu(x)
     return torch.ops.timm_sugar.relu(x, surrogate, values, formula)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from timm_sugar.activation import SUGAR
-from timm_sugar.surrogate import Surrogate, get_surrogate
+from timm_sugar.surrogate import Surrogate, get_surrogate, known_surrogate
 
 # Each type or function with the surrogate that has its derivative, or the nearest one: ReLU's for ReLU6, SiLU's for
 # Hardswish, GELU's for its approximations.
@@ -114,7 +114,7 @@ def own_surrogate(activation: Any) -> Surrogate:
 
 def activation_of(module: SUGAR) -> Surrogate:
     """The surrogate of a SUGAR module with the values that it has now."""
-    known = get_surrogate(module.surrogate)
+    known = known_surrogate(module.surrogate, module.formula)
     return get_surrogate(known, **dict(zip(known.parameters, module.values, strict=True)))
 
 
@@ -134,12 +134,13 @@ class Place:
     owner: nn.Module
     key: str | torch.fx.Node
 
-    def settings(self) -> tuple[str, list[float]] | None:
-        """Surrogate and parameter values if SUGAR is here already."""
+    def settings(self) -> tuple[str, list[float], str] | None:
+        """Surrogate, parameter values and formula if SUGAR is here already."""
         if isinstance(self.activation, SUGAR):
-            return self.activation.surrogate, self.activation.values
+            return self.activation.surrogate, self.activation.values, self.activation.formula
         if isinstance(self.key, torch.fx.Node) and self.activation in SUGAR_OPERATORS:
-            return self.key.args[1], list(self.key.args[2])  # type: ignore[return-value, arg-type]
+            _, name, values, formula = self.key.args
+            return name, list(values), formula  # type: ignore[return-value, arg-type]
         return None
 
 

@@ -12,7 +12,7 @@ from timm_sugar import _torch
 from timm_sugar._compiled import prepare_all
 from timm_sugar._operator import RunTimeValues, apply, apply_scheduled, uses_relu_gradient
 from timm_sugar._saved_tensors import find_call, remember_value, share_saved, unshare_within
-from timm_sugar.surrogate import Surrogate, get_surrogate, list_surrogates, takes_tensors
+from timm_sugar.surrogate import Surrogate, get_surrogate, known_surrogate, list_surrogates, takes_tensors
 
 
 def sugar(x: Tensor, surrogate: str | Surrogate = "bsilu", *, save_memory: bool = False, **parameters: float) -> Tensor:
@@ -62,7 +62,9 @@ def relu_gradient() -> Iterator[None]:
     """Let SUGAR backpropagate ReLU's own derivative, e.g. to attribute or to attack what a deployed model computes.
 
     Both the forward and the backward pass belong inside. Holds for the thread or asynchronous task that enters it;
-    compiled functions run uncompiled inside.
+    compiled functions run uncompiled inside. As a decorator it does so for plain functions; write `with` inside of
+    generators and `async def`. A checkpoint needs use_reentrant=False: a reentrant one runs the forward pass anew in a
+    thread of autograd's.
 
     Raises:
         RuntimeError: if it is entered inside of a compiled function.
@@ -166,7 +168,7 @@ class SUGAR(nn.Module):
             SUGAR(surrogate='bsilu', alpha=0.5)
         """
         if surrogate is None:
-            known = get_surrogate(self.surrogate)
+            known = known_surrogate(self.surrogate, self.formula)
             surrogate = get_surrogate(known, **dict(zip(known.parameters, self.values, strict=True)))
         chosen = get_surrogate(surrogate, **parameters)
         run_time = RunTimeValues(chosen.values) if chosen.values and takes_tensors(chosen) else None
@@ -177,9 +179,9 @@ class SUGAR(nn.Module):
     def _parameters_by_name(self) -> dict[str, float]:
         """Names and values of the surrogate's parameters, if it is known and the module is complete."""
         own = vars(self)
-        if "values" not in own or own["surrogate"] not in list_surrogates():
+        if "formula" not in own or own["surrogate"] not in list_surrogates():
             return {}
-        return dict(zip(get_surrogate(own["surrogate"]).parameters, own["values"], strict=True))
+        return dict(zip(known_surrogate(own["surrogate"], own["formula"]).parameters, own["values"], strict=True))
 
     def __getattr__(self, name: str) -> Any:
         """The value of a parameter of the surrogate, e.g. `module.alpha`."""
@@ -277,5 +279,5 @@ def warm_up(model: nn.Module, device: Any = None, dtype: torch.dtype | None = No
         dtype = torch.get_autocast_dtype(at.type) if torch.is_autocast_enabled(at.type) else weight.dtype
     if not dtype.is_floating_point:
         raise TypeError(f"warm_up() needs a real floating-point type, not {dtype}")
-    prepare_all(((module.surrogate, module.values) for module in modules), dtype, at)
+    prepare_all(((known_surrogate(m.surrogate, m.formula), m.values) for m in modules), dtype, at)
     return model

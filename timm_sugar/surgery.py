@@ -334,7 +334,7 @@ def _plan(choose: dict[Place, Surrogate], save_memory: bool) -> dict[Place, New]
     todo = {
         place: chosen
         for place, chosen in choose.items()
-        if place.settings() != (chosen.name, chosen.values)
+        if place.settings() != (chosen.name, chosen.values, chosen.formula)
         or getattr(place.activation, "save_memory", save_memory) != save_memory
     }
 

@@ -73,6 +73,8 @@ class Surrogate:
 
 
 _surrogates: dict[str, Surrogate] = {}
+# Also those that were overwritten, by name and formula: what was made with one keeps it.
+_known: dict[tuple[str, str], Surrogate] = {}
 _POINTS = [0.0, 65504.0, *torch.logspace(-6, 4.8, 2000, dtype=torch.float64, device="cpu").tolist()]
 _PROBE = torch.tensor([-p for p in _POINTS] + _POINTS, dtype=torch.float64, device="cpu")
 
@@ -103,7 +105,7 @@ def get_surrogate(surrogate: str | Surrogate, /, **parameters: Any) -> Surrogate
         The surrogate, whose `parameters` hold the values.
 
     Raises:
-        ValueError: for an unknown name or a value out of range.
+        ValueError: for an unknown name, a surrogate that was not registered, or a value out of range.
         TypeError: for an unknown parameter or a value that is no number.
 
     Example:
@@ -111,6 +113,8 @@ def get_surrogate(surrogate: str | Surrogate, /, **parameters: Any) -> Surrogate
         {'alpha': 0.05}
     """
     if isinstance(surrogate, Surrogate):
+        if (surrogate.name, surrogate.formula) not in _known:
+            raise ValueError(f"surrogate {surrogate.name!r} is not registered: register_surrogate() does it")
         found = surrogate
     elif isinstance(surrogate, str) and surrogate in _surrogates:
         found = _surrogates[surrogate]
@@ -127,6 +131,11 @@ def get_surrogate(surrogate: str | Surrogate, /, **parameters: Any) -> Surrogate
     return replace(found, parameters=values)
 
 
+def known_surrogate(name: str, formula: str) -> Surrogate:
+    """The surrogate that was registered with this formula; today's of the name, if none was in this process."""
+    return _known.get((name, formula)) or get_surrogate(name)
+
+
 def register_surrogate(
     name: str, *, derivative: Formula, primitive: Formula | None = None, overwrite: bool = False, **defaults: float
 ) -> None:
@@ -139,7 +148,8 @@ def register_surrogate(
         name: a new name.
         derivative: what the backward pass multiplies with; one finite value per element for every |x| <= 65504.
         primitive: a function with that derivative. Without one, the surrogate can't be evaluated as an activation.
-        overwrite: replace a registered surrogate of that name by another formula.
+        overwrite: replace a registered surrogate of that name by another formula. What was made before keeps the old
+            one: modules, graphs, and forward passes whose backward pass is still to come.
         defaults: names and default values of the parameters, each finite and above 0, or 0 where the formula allows it.
 
     Raises:
@@ -170,13 +180,13 @@ def register_surrogate(
     ):
         how = "choose another name" + ("" if name in _BUILT_IN else " or say overwrite=True")
         raise ValueError(f"surrogate {name!r} exists already: {how}")
-    _surrogates[name] = given
+    _surrogates[name] = _known[name, given.formula] = given
 
 
-def surrogate_derivative(x: Tensor, name: str, values: list[float]) -> Tensor:
+def surrogate_derivative(x: Tensor, surrogate: str | Surrogate, values: list[float]) -> Tensor:
     """Compute the derivative of a surrogate at x, any shape, elementwise; for float16 and bfloat16 in float32."""
     half = x.dtype in (torch.float16, torch.bfloat16)
-    return get_surrogate(name).derivative(x.float() if half else x, *values)
+    return get_surrogate(surrogate).derivative(x.float() if half else x, *values)
 
 
 def takes_tensors(surrogate: Surrogate) -> bool:
@@ -332,7 +342,8 @@ def _built_in(name: str, primitive: Formula, derivative: Formula, **defaults: fl
     """Add a surrogate without the checks of `register_surrogate`, which would slow every import; tests do them."""
     # At import, since the first use may be inside a transform or a compiler.
     formula = _fingerprint(derivative, list(defaults.values()))
-    _surrogates[name] = Surrogate(name, derivative, primitive, defaults, formula, frozenset(defaults))
+    built = Surrogate(name, derivative, primitive, defaults, formula, frozenset(defaults))
+    _surrogates[name] = _known[name, formula] = built
 
 
 # Defaults: alpha of B-SiLU and NeLU from the paper, the others PyTorch's.

@@ -29,6 +29,17 @@ def gradient(call: Callable[[Tensor], Tensor], x: Tensor = X) -> Tensor:
     return torch.autograd.grad(call(leaf).sum(), leaf)[0]
 
 
+@pytest.mark.parametrize("upstream", [torch.inf, torch.nan])
+def test_where_relu_has_no_gradient_none_comes_through_not_even_of_infinity(upstream: float) -> None:
+    """As where the square root or the logarithm of an activation is taken."""
+    leaf, direction = X.clone().requires_grad_(), torch.full_like(X, upstream)
+    (expected,) = torch.autograd.grad(F.relu(leaf), leaf, direction)
+    for call in (sugar, torch.fx.symbolic_trace(SUGAR())):
+        with relu_gradient():
+            (found,) = torch.autograd.grad(call(leaf), leaf, direction)
+        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.fixture
 def compiler() -> None:
     torch.compiler.reset()

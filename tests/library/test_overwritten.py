@@ -1,0 +1,116 @@
+"""A surrogate that is registered anew under its name: what was made before keeps the formula that it was made with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import timm_sugar
+from timm_sugar import SUGAR, Surrogate, _compiled, get_surrogate, register_surrogate, sugar
+from timm_sugar import surrogate as surrogate_module
+
+X = torch.linspace(-3, 3, 24, dtype=torch.float64)
+
+
+def old(x: Tensor, a: Any, b: Any) -> Tensor:
+    return a * torch.sigmoid(b * x)
+
+
+def new(x: Tensor, b: Any, a: Any) -> Tensor:
+    """Another formula, with the parameters in another order."""
+    return a * torch.tanh(b * x).square()
+
+
+def register(formula: Callable[..., Tensor]) -> None:
+    defaults = {"a": 2.0, "b": 0.5} if formula is old else {"b": 0.5, "a": 2.0}
+    register_surrogate("mine", derivative=formula, overwrite=True, **defaults)
+
+
+@pytest.fixture(autouse=True)
+def registry(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(surrogate_module, "_surrogates", dict(surrogate_module._surrogates))
+    monkeypatch.setattr(surrogate_module, "_known", dict(surrogate_module._known))
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def gradient(call: Callable[[Tensor], Tensor], x: Tensor = X) -> Tensor:
+    leaf = x.clone().requires_grad_()
+    return torch.autograd.grad(call(leaf).sum(), leaf)[0]
+
+
+def held(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    surrogate = get_surrogate("mine", a=2.0)
+    return lambda x: sugar(x, surrogate)
+
+
+ROUTES: dict[str, Callable[[SUGAR], Callable[[Tensor], Tensor]]] = {
+    "module": lambda m: m,
+    "copied": copy.deepcopy,
+    "held": held,
+    "shared": lambda m: SUGAR(surrogate="mine", save_memory=True),
+    "fx": torch.fx.symbolic_trace,
+    "export": lambda m: torch.export.export(m, (X.clone().requires_grad_(),)).module(),
+    "func": lambda m: lambda x: torch.func.vmap(m)(x[None])[0],
+    "compiled later": lambda m: torch.compile(m, backend="aot_eager", fullgraph=True),
+}
+
+
+@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("route", ROUTES)
+def test_what_was_made_before_keeps_its_formula(route: str, large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if large:
+        monkeypatch.setattr(_compiled, "_CHUNK", 7)
+        monkeypatch.setattr(_compiled, "_WORTHWHILE", 7)
+    register(old)
+    call = ROUTES[route](SUGAR(surrogate="mine"))
+    register(new)
+    torch.testing.assert_close(gradient(call), old(X, 2.0, 0.5))
+    torch.testing.assert_close(gradient(SUGAR(surrogate="mine")), new(X, 0.5, 2.0))
+    torch.testing.assert_close(gradient(lambda x: sugar(x, "mine")), new(X, 0.5, 2.0))
+
+
+def test_what_was_compiled_before_keeps_its_formula_too() -> None:
+    register(old)
+    module = SUGAR(surrogate="mine")
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    gradient(compiled)
+    register(new)
+    for call in (module, compiled):
+        torch.testing.assert_close(gradient(call), old(X, 2.0, 0.5))
+
+
+def test_a_backward_pass_has_the_formula_of_its_forward_pass() -> None:
+    register(old)
+    leaf = X.clone().requires_grad_()
+    y = sugar(leaf, "mine")
+    register(new)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), leaf)[0], old(X, 2.0, 0.5))
+
+
+def test_a_module_keeps_the_order_of_its_parameters_and_takes_the_new_formula_when_it_is_asked_to() -> None:
+    register(old)
+    module = SUGAR(surrogate="mine", a=3.0)
+    register(new)
+    assert repr(module) == "SUGAR(surrogate='mine', a=3, b=0.5)"
+    module.b = 0.25
+    torch.testing.assert_close(gradient(module), old(X, 3.0, 0.25))
+    module.surrogate = "mine"
+    torch.testing.assert_close(gradient(module), new(X, 0.5, 2.0))
+    model = nn.Sequential(nn.GELU())
+    register(old)
+    timm_sugar.sugarize(model, "mine")
+    register(new)
+    timm_sugar.sugarize(model, "mine")
+    torch.testing.assert_close(gradient(model), new(X, 0.5, 2.0))
+
+
+def test_a_surrogate_that_was_not_registered_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'bsilu' is not registered: register_surrogate\(\) does it"):
+        sugar(X, Surrogate("bsilu", torch.sigmoid))
