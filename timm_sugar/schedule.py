@@ -58,8 +58,8 @@ def set_surrogate(model: nn.Module, surrogate: str | Surrogate | None = None, **
 class SurrogateSchedule:
     """Parameters of a model's surrogates that go from one value to another over the updates of a training.
 
-    Sets the first values at once. Changes the SUGAR modules that the model has now: after another `sugarize()` make a new
-    schedule. A CUDA graph that one captures oneself keeps the values of its capture.
+    Sets the first values at once. Changes the SUGAR modules that the model has now: after another `sugarize()` make
+    another schedule. A CUDA graph that one captures oneself keeps the values of its capture.
 
     Args:
         model: any module with SUGAR in it, also a compiled or wrapped one.
