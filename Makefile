@@ -2,6 +2,7 @@
 # make test         run the tests that a change needs first, on two cores
 # make test-all     run all tests
 # make test-torch   run the library's tests with another torch: make test-torch TORCH=2.6.0 (MARK= the slow ones, too)
+# make test-hosts   install transformers, Lightning, PEFT and others beside it and train with them
 # make docs         build the pages of docs/ as a site in build/docs/
 # make clean        remove the environment and what the tools left
 #
@@ -18,7 +19,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 
-.PHONY: help quickstart test test-all test-torch docs clean
+.PHONY: help quickstart test test-all test-torch test-hosts docs clean
 .DELETE_ON_ERROR:
 
 help:
@@ -35,6 +36,10 @@ $(VENV)/installed-train: pyproject.toml | $(BIN)/python
 $(VENV)/installed-test: pyproject.toml | $(BIN)/python
 	$(PIP) -e ".[test]"
 	touch $@ $(VENV)/installed-train
+
+$(VENV)/installed-hosts: pyproject.toml | $(BIN)/python
+	$(PIP) -e ".[hosts]"
+	touch $@ $(VENV)/installed-test $(VENV)/installed-train
 
 $(VENV)/installed-docs: pyproject.toml | $(BIN)/python
 	$(PIP) -e ".[docs]"
@@ -58,6 +63,9 @@ test-torch:
 	cp -r tests/conftest.py tests/library $(OTHER)/check/tests/ && cp pyproject.toml $(OTHER)/check/
 	cd $(OTHER)/check && $(ONE_THREAD) ../bin/python -m pytest -n $(JOBS) --dist worksteal -p no:cacheprovider -rs \
 		-m "$(MARK)" tests/library
+
+test-hosts: $(VENV)/installed-hosts
+	$(ONE_THREAD) $(BIN)/python -m pytest -rs tests/lab/test_hosts.py tests/lab/test_transformers.py
 
 # A warning is an error.
 docs: $(VENV)/installed-docs
