@@ -89,7 +89,7 @@ def calibration_batches(args: argparse.Namespace, model: nn.Module) -> list[Imag
 
 def with_own_activations(args: argparse.Namespace, model: Any) -> nn.Module | None:
     """The same network and weights with the activations that timm gives it, if these aren't ReLU and it is at hand."""
-    name = str((model.pretrained_cfg or {}).get("architecture", "")).removesuffix(SUFFIX)
+    name = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")).removesuffix(SUFFIX)
     settings = {key: value for key, value in (args.model_kwargs or {}).items() if key in ("act_layer", "img_size")}
     try:
         own = create_model(ALIASES.get(name, name), num_classes=model.num_classes, **settings).eval()

@@ -29,7 +29,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from timm_sugar import sugar
-from timm_sugar.surrogate import get_surrogate
+from timm_sugar.surrogate import get_surrogate, list_surrogates
 
 # In the order of drawing, left to right and top to bottom.
 TITLES = {
@@ -219,7 +219,7 @@ def draw_inside(theme: Theme) -> Figure:
 
 
 PICTURES: dict[str, Callable[[Theme], Figure]] = {"surrogates": draw, "cost": draw_cost, "inside": draw_inside}
-PICTURES |= {f"surrogate-{name}": partial(draw_surrogate, surrogate=name) for name in [*TITLES, "relu"]}
+PICTURES |= {f"surrogate-{name}": partial(draw_surrogate, surrogate=name) for name in list_surrogates()}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

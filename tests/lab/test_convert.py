@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import csv
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +17,7 @@ import torch.nn.functional as F
 from lab.training.conversion import Blend, account, parse_conversion
 from lab.training.loading import load_model, load_weights
 from PIL import Image
-from scripting import error_line, load_script, make_images
+from scripting import SCRIPTS, error_line, load_script, make_images
 from torch import nn
 
 import timm_sugar
@@ -206,6 +210,25 @@ def test_int8_of_the_converted_network_is_written_and_scored(
     assert convert.main(options(original, tmp_path)) == 0
     assert (tmp_path / "converted" / "model-int8.onnx").stat().st_size > 10_000
     assert "model-int8.onnx" in capfd.readouterr().out.split("top-1 of 12 images")[1]
+
+
+@pytest.mark.slow
+def test_a_network_of_torchvision_becomes_an_int8_file_as_the_page_says(data: Path, tmp_path: Path) -> None:
+    models = pytest.importorskip("torchvision").models
+    pytest.importorskip("onnxruntime")
+    page = (SCRIPTS.parent / "docs" / "convert.md").read_text()
+    (tmp_path / "my_models.py").write_text(page.partition("# my_models.py")[2].partition("```")[0])
+    torch.save(models.mobilenet_v3_small(num_classes=3).state_dict(), tmp_path / "weights.pth")
+    (command,) = re.findall(r"convert.py (--device-modules .*?)\n```", page, flags=re.DOTALL)
+    words = [{"5": "3", "DATA": str(data), "10": "1"}.get(word, word) for word in command.replace("\\\n", " ").split()]
+    more = [*RUN, "--img-size", "64", "--output", ".", "--experiment", "run"]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPTS / "convert.py"), *words, *more],
+        cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "with Hardswish, ReLU" in done.stdout
+    assert (tmp_path / "run" / "model-int8.onnx").stat().st_size > 1_000_000
 
 
 # --- mistakes

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from timm.models import is_model
-from timm.task import LogitDistillationTask
+from timm.task import DistillationTeacher, LogitDistillationTask
 from torch import Tensor, nn
 
 from lab.cli import Parser, UserError, as_options
@@ -140,8 +140,9 @@ class Conversion(Run):
         """The labels, and if it has a weight the original's outputs."""
         if not self.args.distill:
             return super().create_task(model, loss)
+        teacher = DistillationTeacher(self.teacher, device=self.device)
         return LogitDistillationTask(
-            model, self.teacher, criterion_kwargs=loss, distill_loss_weight=self.args.distill,
+            model, teacher, criterion_kwargs=loss, distill_loss_weight=self.args.distill,
             temperature=self.args.temperature, device=self.device, verbose=False,
         )  # fmt: skip
 
