@@ -140,6 +140,14 @@ def in_forward_mode(x: Tensor) -> bool:
     return forward_ad.unpack_dual(x).tangent is not None
 
 
+def may_be_in_forward_mode() -> bool:
+    """Whether a level of forward-mode differentiation is open, as far as PyTorch says so.
+
+    Inside an autograd.Function, where no tangent is seen.
+    """
+    return not _has_forward_level or forward_ad._current_level >= 0
+
+
 def has_tangent(*tensors: Tensor) -> bool:
     """Whether one of the tensors has a tangent at the open level of forward-mode differentiation."""
     return in_forward_mode(tensors[0]) and any(forward_ad.unpack_dual(x).tangent is not None for x in tensors)

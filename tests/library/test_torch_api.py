@@ -125,6 +125,7 @@ import torch.autograd.forward_ad as forward_ad
 def dual(call):
     with forward_ad.dual_level():
         return forward_ad.unpack_dual(call(forward_ad.make_dual(X, torch.ones_like(X)))).tangent
+attempt("dual eager", lambda: dual(f), slope(X))
 for name, call in {"compiled": f, "compiled graph": graph}.items():
     call = torch.compile(call, backend="aot_eager")
     call(X)
