@@ -35,7 +35,7 @@ from typing import Any
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # before torch is imported, whose profiler talks
 
 import torch
-from lab.bench.cost import COUNT, environment, record, summarize
+from lab.bench.cost import COUNT, provenance, record, summarize
 from lab.bench.timing import count_compilation, in_new_process, interleave, stopwatch, stopwatches
 from lab.bench.variants import ALTERNATIVES, INSTALLED, OWN, describe, make_activation
 from lab.bench.workloads import ACTIVATION_PASSES, Workload, backward_loops
@@ -90,7 +90,7 @@ def report(
     """Record one measurement of all variants, and print it. `surrogates`: what to say of each, if not describe()'s."""
     surrogates = surrogates or {variant: describe(variant, args.model_kwargs) for variant in samples}
     whole = {"mode": mode(args)} | dict(setting)
-    rows = summarize(whole, metric, unit, samples, surrogates, environment(args.device, args.line))
+    rows = summarize(whole, metric, unit, samples, surrogates, provenance(args.device, args.line))
     what = ", ".join(str(value) for value in whole.values() if value != "")
     for row in rows:
         ratio = f"{row['to_relu']} of ReLU ({row['to_relu_q1']} to {row['to_relu_q3']})" if row["to_relu"] else ""

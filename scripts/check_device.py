@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from lab.bench.device_checks import CHECKS, Skipped
-from lab.bench.timing import interleave, most_bytes, ratios, spread, stopwatches
+from lab.bench.timing import interleave, most_bytes, quartiles, ratios, stopwatches
 from lab.bench.variants import make_activation
 from lab.bench.workloads import Workload, activation_pass
 from lab.cli import Parser, choose_device, explained, whole
@@ -57,8 +57,8 @@ def measure(works: dict[str, Callable[[], Any]], device: str, repeats: int, sett
     for name, seconds in samples.items():
         yield setting | {
             "variant": name,
-            "seconds": f"{spread(seconds).median:.3g}",
-            "to_relu": f"{spread(ratios(seconds, samples['relu'])).median:.2f}",
+            "seconds": f"{quartiles(seconds).median:.3g}",
+            "to_relu": f"{quartiles(ratios(seconds, samples['relu'])).median:.2f}",
             "bytes": memory[name] or "",
             "bytes_to_relu": f"{memory[name] / memory['relu']:.2f}" if memory["relu"] else "",
         }

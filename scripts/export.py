@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from lab.bench.timing import interleave, ratios, spread, stopwatch
+from lab.bench.timing import interleave, quartiles, ratios, stopwatch
 from lab.cli import Parser, UserError, explained
 from lab.deploy.formats import SUFFIXES, export
 from lab.deploy.int8 import METHODS, quantize
-from lab.deploy.runtimes import Images, Run, open_file
+from lab.deploy.runtimes import Images, Network, open_file
 from lab.training.groups import n
 from lab.training.loading import add_options, load_model, open_loader
 from timm.data import resolve_data_config
@@ -113,7 +113,7 @@ def write(
             return quantize(float_file, path, batches, args.methods)
 
 
-def count_right(runs: dict[str, Run], loader: Any) -> dict[str, float]:
+def count_right(runs: dict[str, Network], loader: Any) -> dict[str, float]:
     """Top-1 (percent) of each of several networks on the same images."""
     right, count = dict.fromkeys(runs, 0), 0
     for images, labels in tqdm(loader, leave=False, disable=not sys.stderr.isatty()):
@@ -123,7 +123,7 @@ def count_right(runs: dict[str, Run], loader: Any) -> dict[str, float]:
     return {name: 100 * number / count for name, number in right.items()}
 
 
-def as_run(model: nn.Module) -> Run:
+def as_network(model: nn.Module) -> Network:
     """A network of PyTorch's as a function of arrays."""
 
     @torch.inference_mode()
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> None:
         chosen = next(iter(errors))
         print(f"int8 by {chosen}; error of the outputs: " + ", ".join(f"{k} {v:.4f}" for k, v in errors.items()))
         args.methods = [chosen]
-    report(args, {"PyTorch": as_run(model), path.name: open_file(path, args.threads)}, example.numpy(), loader)
+    report(args, {"PyTorch": as_network(model), path.name: open_file(path, args.threads)}, example.numpy(), loader)
     if own is not None:
         compare(args, own, example, path, batches)
 
@@ -167,7 +167,7 @@ def image_size(args: argparse.Namespace, model: nn.Module) -> tuple[int, ...]:
     return tuple(resolve_data_config(vars(args), model=model)["input_size"])
 
 
-def report(args: argparse.Namespace, runs: dict[str, Run], example: Images, loader: Any) -> None:
+def report(args: argparse.Namespace, runs: dict[str, Network], example: Images, loader: Any) -> None:
     """Print how far the file's outputs are from PyTorch's, and both top-1. Raises UserError for other outputs."""
     if args.format != "onnx-int8":  # which is judged by real images
         expected, found = (run(example) for run in runs.values())
@@ -192,8 +192,8 @@ def compare(args: argparse.Namespace, own: nn.Module, example: torch.Tensor, pat
         for watch in watches.values():
             watch()
         samples = interleave(watches, args.repeats)
-    ratio = spread(ratios(samples["own"], samples["ReLU"]))
-    relu, other_ms = (1e3 * spread(samples[name]).median for name in files)
+    ratio = quartiles(ratios(samples["own"], samples["ReLU"]))
+    relu, other_ms = (1e3 * quartiles(samples[name]).median for name in files)
     times = f"ReLU {relu:.2f} ms, with {', '.join(names)} {other_ms:.2f} ms"
     print(f"one image, {args.threads} threads: {times}, {ratio.median:.2f} times ({ratio.q1:.2f} to {ratio.q3:.2f})")
 

@@ -31,7 +31,7 @@ from lab.files import environment, write_atomically
 from lab.release.card import CARD, CONFIG, card
 from lab.release.checks import LARGEST_IMAGE, check
 from lab.release.hub import changes, check_token, push
-from lab.release.stage import Run, add_twin, stage
+from lab.release.stage import TrainedRun, add_twin, stage
 from lab.training.data import class_to_idx, open_dataset
 
 from timm_sugar import __version__
@@ -56,7 +56,7 @@ def evaluate(data: str | None, *options: str) -> dict[str, Any]:
 
 def stage_run(args: argparse.Namespace) -> None:
     """The `stage` command."""
-    run = Run(args.run, args.img_size)
+    run = TrainedRun(args.run, args.img_size)
     name = f"{run.settings['model'].partition('.')[0]}.{args.tag}"
     data = args.data_dir or run.settings["data_dir"]
     split = open_dataset(run.settings["dataset"], data, run.settings["val_split"], class_map=run.settings["class_map"])
@@ -81,7 +81,7 @@ def stage_run(args: argparse.Namespace) -> None:
 def measure_twin(args: argparse.Namespace) -> None:
     """The `twin` command."""
     (folder,) = folders(args)
-    run = Run(args.run)
+    run = TrainedRun(args.run)
     data = args.data_dir or run.settings["data_dir"]
     size = json.loads((folder / CONFIG).read_text())["pretrained_cfg"]["input_size"][-1]
     options = ["--checkpoint", str(args.run / "last.pth.tar")]

@@ -37,7 +37,7 @@ from lab.cli import Parser, UserError, as_options, explained
 from lab.experiments.evidence import DEPTHS, compare, write_page
 from lab.experiments.pictures import draw_depth, write_picture
 from lab.experiments.rows import collect, locked, read_results
-from lab.experiments.run import Busy, Run, start_of
+from lab.experiments.run import Busy, TableRun, start_of
 from lab.experiments.subset import make_noise, make_subset
 from lab.experiments.table import Key, Table, list_tables, load_table
 from lab.experiments.tuning import tuning_of
@@ -139,7 +139,7 @@ class Work:
     def run_first(self, keys: list[Key]) -> bool:
         """The first run that no other process works on; False if there is none."""
         for i, key in enumerate(keys):
-            run = Run(self.table, key, self.folder)
+            run = TableRun(self.table, key, self.folder)
             record = run.read()
             if not record and run.is_busy():
                 continue
@@ -154,7 +154,7 @@ class Work:
                 return True
         return False
 
-    def train(self, run: Run) -> None:
+    def train(self, run: TableRun) -> None:
         """Train a run, and before it the one that it starts from, if its checkpoint is missing."""
         before = start_of(run, self.args.output)
         if before:
@@ -200,8 +200,8 @@ def smoke_of(table: Table, patterns: Sequence[str]) -> Table:
     variants = {name: table.variants[name] for name in names[:: math.ceil(len(names) / 4)]}
     options = {**table.options, **(SMOKE if table.network else {"epochs": 1})}
     baseline = table.baseline if table.baseline in variants else next(iter(variants))
-    plain = {"subset": None, "tune": None, "primary": None, "contrasts": []}
-    return replace(table, seeds=1, options=options, variants=variants, baseline=baseline, **plain)
+    untuned = {"subset": None, "tune": None, "primary": None, "contrasts": []}
+    return replace(table, seeds=1, options=options, variants=variants, baseline=baseline, **untuned)
 
 
 def run(args: argparse.Namespace) -> None:

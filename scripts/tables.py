@@ -72,7 +72,7 @@ def load_recipe(name: str) -> dict[str, Any]:
         return yaml.safe_load((RECIPES / f"{name}.yaml").read_text())
 
 
-def summarize(folder: Path, name: str, data: str = "DATA") -> dict[str, Any]:
+def recipe_row(folder: Path, name: str, data: str = "DATA") -> dict[str, Any]:
     """One row of results on a run of the recipe of that name. Raises UserError for a folder that is no finished run."""
     recipe = load_recipe(name)
     with explained(f"{folder} is not a training run"):
@@ -202,11 +202,11 @@ def card_pages() -> dict[Path, str]:
 def run(args: argparse.Namespace) -> None:
     """Read all runs before the first file is written."""
     if args.selection:
-        chosen = [summarize(folder, args.selection, "HOLDOUT") for folder in args.runs]
+        chosen = [recipe_row(folder, args.selection, "HOLDOUT") for folder in args.runs]
         rows = load_results(SELECTION, "command") | {row["command"]: row for row in chosen}
         write_results(SELECTION, rows)
         return
-    results = load_results() | {folder.name: summarize(folder, folder.name) for folder in args.runs}
+    results = load_results() | {folder.name: recipe_row(folder, folder.name) for folder in args.runs}
     texts = {page: with_tables(page, results) for page in pages()} | card_pages()
     if args.runs:
         write_results(RESULTS, results)

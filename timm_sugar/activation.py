@@ -62,7 +62,7 @@ def relu_gradient() -> Iterator[None]:
     """Let SUGAR backpropagate ReLU's own derivative, e.g. to attribute or to attack what a deployed model computes.
 
     Both the forward and the backward pass belong inside. Holds for the thread or asynchronous task that enters it;
-    compiled functions run uncompiled inside. As a decorator it does so for plain functions; write `with` inside of
+    compiled functions run uncompiled inside. As a decorator it does so for ordinary functions; write `with` inside of
     generators and `async def`. A checkpoint needs use_reentrant=False: a reentrant one runs the forward pass anew in a
     thread of autograd's.
 

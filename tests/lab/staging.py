@@ -8,7 +8,7 @@ from typing import Any
 
 from lab.files import write_atomically
 from lab.release.card import CARD, card
-from lab.release.stage import Run, stage
+from lab.release.stage import TrainedRun, stage
 from scripting import CLASSES, load_script, make_images
 
 SWIN = ("--img-size", "64", "--model-kwargs", "img_size=64", "embed_dim=12", "depths=(1,1,1,1)", "num_heads=(1,1,1,1)")
@@ -33,7 +33,7 @@ def make_folder(run: Path, folder: Path, measure: Callable[[Path], dict[str, Any
     about = {"org": "timm-sugar", "dataset": "toys", "notes": []}
     made_up = MEASURED | VERSIONS
     stage(
-        Run(run), folder, licence="apache-2.0", labels=list(CLASSES), about=about,
+        TrainedRun(run), folder, licence="apache-2.0", labels=list(CLASSES), about=about,
         measure=measure or (lambda _: dict(made_up)), **more,
     )  # fmt: skip
     return folder

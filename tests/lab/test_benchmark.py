@@ -47,7 +47,7 @@ def test_measures_take_turns_and_keep_their_own_samples() -> None:
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 10, 15])
 def test_median_and_quartiles_are_numpys(count: int) -> None:
     samples = np.random.default_rng(count).exponential(size=count)
-    assert benchmark.spread(samples.tolist()) == pytest.approx(tuple(np.percentile(samples, [25, 50, 75])))
+    assert benchmark.quartiles(samples.tolist()) == pytest.approx(tuple(np.percentile(samples, [25, 50, 75])))
 
 
 def test_ratios_are_of_the_same_repeat_so_that_drift_cancels() -> None:
@@ -284,7 +284,7 @@ def test_a_commit_is_marked_where_code_has_changed_and_not_where_results_have(
 
 
 def test_a_row_names_the_machine_and_the_commit() -> None:
-    row = cost.environment("cpu", "the command")
+    row = cost.provenance("cpu", "the command")
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert head.stdout.startswith(row["commit"].removesuffix("-dirty"))
     assert row["threads"] == "1"

@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 from lab.cli import UserError
 from lab.release.card import DATASETS, card, read_results
-from lab.release.stage import Run, add_twin
+from lab.release.stage import TrainedRun, add_twin
 from staging import MEASURED, VERSIONS, make_folder, train
 
 from timm_sugar.models._weights import MODEL_CARDS
@@ -22,7 +22,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("card")
     twin = {**MEASURED, **VERSIONS, "top1": 81.23456}
     folder = make_folder(train(root, "test_resnet_sugar"), root / "models/test_resnet_sugar.bsilu_x")
-    add_twin(folder, Run(train(root, "test_resnet", "--model-kwargs")), lambda: twin)
+    add_twin(folder, TrainedRun(train(root, "test_resnet", "--model-kwargs")), lambda: twin)
     return folder
 
 

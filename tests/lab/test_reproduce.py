@@ -19,7 +19,7 @@ from lab.cli import as_options
 from lab.experiments import evidence
 from lab.experiments.paired import difference, estimate
 from lab.experiments.rows import COLUMNS, done_rows, is_current, key_of, load_rows
-from lab.experiments.run import Run
+from lab.experiments.run import TableRun
 from lab.experiments.table import TABLES, Key, Table, list_tables, load_table
 from lab.files import read_rows, write_rows
 from lab.training.options import build_parser
@@ -261,7 +261,7 @@ def test_a_table_can_continue_another_one_seed_by_seed_and_shows_where_it_starte
 def test_only_and_seeds_choose_a_part_and_earlier_rows_stay(
     tiny: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Run, "train", fake_train)
+    monkeypatch.setattr(TableRun, "train", fake_train)
     shared = [str(tiny), *places(tmp_path, data)]
 
     def ran(*options: str) -> list[tuple[str, str]]:
@@ -283,7 +283,7 @@ def test_only_and_seeds_choose_a_part_and_earlier_rows_stay(
 def test_rows_that_the_table_would_not_make_again_go(
     tiny: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(Run, "train", fake_train)
+    monkeypatch.setattr(TableRun, "train", fake_train)
     shared = [str(tiny), *places(tmp_path, data), "--seeds", "1"]
     assert reproduce.main(shared) == 0
     tiny.write_text(TINY.replace("lr: 0.05", "lr: 0.01"))
@@ -338,13 +338,13 @@ def test_a_run_whose_process_outlived_a_kill_is_not_started_twice(
 ) -> None:
     """The others go on, then the process waits: here it is told that the orphan has ended by its end."""
     table, trained = load_table(str(tiny)), []
-    run = Run(table, final(table, "relu", 0), tmp_path / "o" / "tiny")
+    run = TableRun(table, final(table, "relu", 0), tmp_path / "o" / "tiny")
 
-    def train(self: Run, options: list[str]) -> None:
+    def train(self: TableRun, options: list[str]) -> None:
         trained.append(self.name)
         record_of(self)
 
-    monkeypatch.setattr(Run, "train", train)
+    monkeypatch.setattr(TableRun, "train", train)
     monkeypatch.setattr(reproduce.time, "sleep", lambda seconds: (orphan.kill(), orphan.wait()))
     with run.locked() as lock:
         orphan = subprocess.Popen(["sleep", "60"], pass_fds=(lock,))

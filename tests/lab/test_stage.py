@@ -14,7 +14,7 @@ import timm
 import torch
 import yaml
 from lab.cli import UserError, yaml_options
-from lab.release.stage import FILES, Run, describe_labels, stage, statistics
+from lab.release.stage import FILES, TrainedRun, describe_labels, stage, statistics
 from lab.training.options import build_parser
 from lab.training.runs import read_checkpoint
 from safetensors.torch import load_file, save_file
@@ -47,7 +47,7 @@ def test_folder_holds_the_trained_network_under_a_stock_name_where_there_is_one(
     config = json.loads((folder / "config.json").read_text())
     assert (config["architecture"], config["model_args"].get("act_layer")) == STOCK[name]
     loaded: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    run = Run(runs[name])
+    run = TrainedRun(runs[name])
     trained = run.build(name, run.model_args)
     trained.load_state_dict({k: v.half().float() if v.is_floating_point() else v for k, v in run.weights.items()})
     image = torch.randn(2, *config["pretrained_cfg"]["input_size"])
@@ -57,7 +57,7 @@ def test_folder_holds_the_trained_network_under_a_stock_name_where_there_is_one(
 
 
 def test_network_whose_activations_do_not_show_yet_is_not_taken_for_one_with_gelu(runs: dict[str, Path]) -> None:
-    run = Run(runs["convnext_atto_sugar"])
+    run = TrainedRun(runs["convnext_atto_sugar"])
     for key in run.weights:
         if key.endswith("gamma"):  # layer scale, which starts near 0
             run.weights[key].zero_()
@@ -87,7 +87,7 @@ def test_weights_are_halved_only_if_that_costs_little(
 ) -> None:
     measured = iter([MEASURED, {**MEASURED, "top1": after}])
     folder = make_folder(runs["test_resnet_sugar"], tmp_path / "test_resnet_sugar.x", lambda _: dict(next(measured)))
-    weights, trained = load_file(folder / "model.safetensors"), Run(runs["test_resnet_sugar"]).weights
+    weights, trained = load_file(folder / "model.safetensors"), TrainedRun(runs["test_resnet_sugar"]).weights
     dtype = getattr(torch, stored)
     for key, value in weights.items():
         assert torch.equal(value, trained[key].to(dtype) if value.is_floating_point() else trained[key])
@@ -97,7 +97,7 @@ def test_weights_are_halved_only_if_that_costs_little(
 
 
 def test_wordnet_ids_are_described_and_other_labels_are_not(runs: dict[str, Path], tmp_path: Path) -> None:
-    run, about = Run(runs["test_resnet_sugar"]), {"org": "o", "dataset": "d", "notes": []}
+    run, about = TrainedRun(runs["test_resnet_sugar"]), {"org": "o", "dataset": "d", "notes": []}
     folder, labels = tmp_path / "test_resnet_sugar.x", ["n01443537", "n02123394", "n07747607"]
     measured = MEASURED | VERSIONS
     stage(run, folder, licence="mit", labels=labels, about=about, measure=lambda _: dict(measured))
@@ -145,7 +145,7 @@ def test_file_that_training_started_from_is_kept_by_name_or_relative_path(
     monkeypatch.chdir(tmp_path)
     given = given.format(tmp_path)
     Path(given).parent.mkdir(exist_ok=True)
-    save_file(Run(runs["test_resnet_sugar"]).weights, given)
+    save_file(TrainedRun(runs["test_resnet_sugar"]).weights, given)
     run = train(tmp_path, "test_resnet_sugar", "--pretrained", "--pretrained-path", given)
     folder = make_folder(run, tmp_path / "models" / "test_resnet_sugar.x")
     assert yaml.safe_load((folder / "train_args.yaml").read_text())["pretrained_path"] == kept
@@ -155,14 +155,14 @@ def test_moving_average_is_what_is_published(tmp_path: Path) -> None:
     run = train(tmp_path, "test_resnet_sugar", "--model-ema", "--model-ema-decay", "0.5")
     state = read_checkpoint(run / "last.pth.tar", None)
     assert not torch.equal(state["state_dict"]["fc.weight"], state["state_dict_ema"]["fc.weight"])
-    assert torch.equal(Run(run).weights["fc.weight"], state["state_dict_ema"]["fc.weight"])
+    assert torch.equal(TrainedRun(run).weights["fc.weight"], state["state_dict_ema"]["fc.weight"])
 
 
 def test_last_epoch_is_what_is_published(runs: dict[str, Path], tmp_path: Path) -> None:
     run = shutil.copytree(runs["test_resnet_sugar"], tmp_path / "run")
     (run / "model_best.pth.tar").unlink()
     last = read_checkpoint(run / "last.pth.tar", None)["state_dict"]
-    assert torch.equal(Run(run).weights["fc.weight"], last["fc.weight"])
+    assert torch.equal(TrainedRun(run).weights["fc.weight"], last["fc.weight"])
 
 
 def test_statistics_of_a_known_network(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from lab.bench.cost import COLUMNS
 from lab.cli import UserError
 from lab.experiments import outside
 from lab.files import write_rows
-from lab.release.stage import Run, add_twin
+from lab.release.stage import TrainedRun, add_twin
 from scripting import load_script
 from staging import MEASURED, VERSIONS, make_folder, train
 
@@ -82,7 +82,7 @@ def test_figures_of_acceptance_and_replay_are_counted_from_the_rows(tmp_path: Pa
 
 
 def test_a_row_has_the_last_epoch_and_the_command_that_repeats_it(run: Path) -> None:
-    row = tables.summarize(run, run.name)
+    row = tables.recipe_row(run, run.name)
     whole = tables.load_recipe(run.name)["epochs"]
     assert (row["epochs"], row["recipe_epochs"], row["seed"]) == (2, whole, 7)
     assert (row["top1"], row["top5"], row["dead_units"], row["sparsity"]) == ("61.23", "95.68", "0.1250", "0.5000")
@@ -115,7 +115,9 @@ def test_models_stand_in_a_table_with_the_numbers_of_their_cards(tmp_path: Path)
     row = f"| {link} | CIFAR-10, 32 px | 90.00 | not run | 1.00 | 50.00 | {size:.1f} |"
     assert tables.models_table(tmp_path / "models").splitlines()[2:] == [row]
     add_twin(
-        folder, Run(train(tmp_path, "test_resnet", "--model-kwargs")), lambda: {**MEASURED, "top1": 12.3} | VERSIONS
+        folder,
+        TrainedRun(train(tmp_path, "test_resnet", "--model-kwargs")),
+        lambda: {**MEASURED, "top1": 12.3} | VERSIONS,
     )
     assert "| 90.00 | 12.30 | 1.00 |" in tables.models_table(tmp_path / "models")
 

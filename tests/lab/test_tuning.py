@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from lab.experiments.rows import read_results
-from lab.experiments.run import Run
+from lab.experiments.run import TableRun
 from lab.experiments.table import Key, Table, Tune, load_table
 from lab.experiments.tuning import tuning_of
 from lab.files import read_rows
@@ -38,11 +38,11 @@ def start(tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Calla
     def do(score: Callable[[Key], float | None], *options: str, output: str = "o") -> list[str]:
         ran: list[str] = []
 
-        def train(self: Run, given: list[str]) -> None:
+        def train(self: TableRun, given: list[str]) -> None:
             ran.append(self.name)
             record_of(self, score(self.key))
 
-        monkeypatch.setattr(Run, "train", train)
+        monkeypatch.setattr(TableRun, "train", train)
         assert reproduce.main([str(tuned), *places(tmp_path, data, output), *options]) == 0
         return ran
 
@@ -174,12 +174,12 @@ def test_the_run_that_a_pending_row_starts_from_is_made_first_though_results_has
     """As in a fresh clone: results/ has the rows of the first table, OUTPUT has no checkpoint, or half of one."""
     ran: list[str] = []
 
-    def train(self: Run, given: list[str]) -> None:
+    def train(self: TableRun, given: list[str]) -> None:
         ran.append(f"{self.table.name}/{self.name}")
         record_of(self)
         (self.folder / "last.pth.tar").touch()
 
-    monkeypatch.setattr(Run, "train", train)
+    monkeypatch.setattr(TableRun, "train", train)
     start = "{initial_checkpoint: '" + str(tmp_path / "o") + "/first/relu-{seed}/last.pth.tar'}"
     (tmp_path / "first.yaml").write_text(TINY)
     (tmp_path / "next.yaml").write_text(f"base: first\ntitle: Next\noptions: {start}\n")

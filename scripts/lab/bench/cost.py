@@ -16,7 +16,7 @@ from pathlib import Path
 import timm
 import torch
 
-from lab.bench.timing import ratios, slope, spread
+from lab.bench.timing import quartiles, ratios, slope
 from lab.bench.variants import OWN, describe
 from lab.files import markdown_table, read_rows, write_rows
 from timm_sugar.version import __version__
@@ -65,7 +65,7 @@ AXES = {
 }
 
 
-def environment(device: str, command: str) -> Row:
+def provenance(device: str, command: str) -> Row:
     """The columns that say what something was measured on, and by which code."""
     return {
         "device": torch.device(device).type,
@@ -115,12 +115,11 @@ def summarize(
         row = dict.fromkeys(COLUMNS, "") | {key: str(value) for key, value in setting.items()}
         row |= {"variant": variant, "surrogate": surrogates[variant], "metric": metric, "unit": unit}
         digits = ".5g" if unit == "s" else ".0f"
-        row |= dict(zip(("q1", "median", "q3"), (f"{x:{digits}}" for x in spread(values)), strict=True))
+        row |= dict(zip(("q1", "median", "q3"), (f"{x:{digits}}" for x in quartiles(values)), strict=True))
         for name, reference in (("to_relu", "relu"), ("to_own", own)):
             if reference in samples and unit != COUNT:
-                quartiles = spread(ratios(values, samples[reference]))
-                row |= {f"{name}_q1": f"{quartiles.q1:.4f}", name: f"{quartiles.median:.4f}"}
-                row[f"{name}_q3"] = f"{quartiles.q3:.4f}"
+                over = quartiles(ratios(values, samples[reference]))
+                row |= {f"{name}_q1": f"{over.q1:.4f}", name: f"{over.median:.4f}", f"{name}_q3": f"{over.q3:.4f}"}
         rows.append(row | {"repeats": str(len(values))} | environment)
     return rows
 

@@ -24,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile
 Result = TypeVar("Result")
 
 
-class Spread(NamedTuple):
+class Quartiles(NamedTuple):
     """Quartiles of some measurements."""
 
     q1: float
@@ -48,11 +48,11 @@ def interleave(measures: Mapping[str, Callable[[], Result]], repeats: int) -> di
     return samples
 
 
-def spread(samples: Sequence[float]) -> Spread:
+def quartiles(samples: Sequence[float]) -> Quartiles:
     """Median and quartiles, interpolated linearly; of a single sample that sample."""
     if len(samples) == 1:
-        return Spread(samples[0], samples[0], samples[0])
-    return Spread(*statistics.quantiles(samples, n=4, method="inclusive"))
+        return Quartiles(samples[0], samples[0], samples[0])
+    return Quartiles(*statistics.quantiles(samples, n=4, method="inclusive"))
 
 
 def ratios(samples: Sequence[float], reference: Sequence[float]) -> list[float]:

@@ -41,7 +41,7 @@ class _Function(torch.autograd.Function):
 
 
 def _function(x: Tensor, surrogate: str, values: list[float]) -> Tensor:
-    """A plain autograd.Function with the formula in torch operations."""
+    """An autograd.Function with the formula in torch operations."""
     return _Function.apply(x, surrogate, values)
 
 
@@ -62,7 +62,7 @@ ALTERNATIVES: dict[str, Callable[[Tensor, str, list[float]], Tensor]] = {
     "function": _function,
     "detach": _detach,
 }
-PLAIN: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
+BUILT_IN: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 
 class Alternative(nn.Module):
@@ -93,7 +93,7 @@ def parse(variant: str) -> tuple[str, dict[str, Any]]:
     Raises ValueError for a name that there is not, and settings of another form.
     """
     name, _, text = variant.partition(":")
-    known = (OWN, "sugar", *PLAIN, *ALTERNATIVES, "x-mlps")
+    known = (OWN, "sugar", *BUILT_IN, *ALTERNATIVES, "x-mlps")
     if name not in known:
         raise ValueError(f"no variant {name!r} (there are {', '.join(known)})")
     settings = {}
@@ -122,8 +122,8 @@ def make_activation(variant: str, settings: dict[str, Any]) -> nn.Module:
         raise ValueError("x-mlps needs the package x-mlps-pytorch")
     if name == "sugar":
         return sugar
-    if name in PLAIN:
-        return PLAIN[name]()
+    if name in BUILT_IN:
+        return BUILT_IN[name]()
     return Alternative(name, sugar) if name in ALTERNATIVES else _x_mlps(sugar)
 
 
@@ -150,4 +150,4 @@ def make_model(base: str, variant: str, settings: dict[str, Any], **arguments: A
 def describe(variant: str, settings: dict[str, Any]) -> str:
     """The surrogate of a variant and its parameters, as SUGAR's repr has them; nothing for one without a surrogate."""
     name, own = parse(variant)
-    return "" if name == OWN or name in PLAIN else SUGAR(False, **(settings | own)).extra_repr()
+    return "" if name == OWN or name in BUILT_IN else SUGAR(False, **(settings | own)).extra_repr()

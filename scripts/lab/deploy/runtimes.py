@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 Images = np.ndarray[Any, np.dtype[np.float32]]
-Run = Callable[[Images], Images]
+Network = Callable[[Images], Images]
 
 
-def _open_onnxruntime(path: Path, threads: int) -> Run:
+def _open_onnxruntime(path: Path, threads: int) -> Network:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -24,7 +24,7 @@ def _open_onnxruntime(path: Path, threads: int) -> Run:
     return lambda images: session.run(None, {name: images})[0]
 
 
-def _open_openvino(path: Path, threads: int) -> Run:
+def _open_openvino(path: Path, threads: int) -> Network:
     import openvino
 
     settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
@@ -32,7 +32,7 @@ def _open_openvino(path: Path, threads: int) -> Run:
     return lambda images: np.array(compiled(images)[0])
 
 
-def _open_program(path: Path, threads: int) -> Run:
+def _open_program(path: Path, threads: int) -> Network:
     module = torch.export.load(path).module()
 
     def run(images: Images) -> Images:
@@ -47,7 +47,7 @@ _RUNTIMES = {"onnxruntime": _open_onnxruntime, "openvino": _open_openvino, "torc
 RUNTIME_OF = {".onnx": "onnxruntime", ".xml": "openvino", ".pt2": "torch"}
 
 
-def open_file(path: Path, threads: int = 1, runtime: str | None = None) -> Run:
+def open_file(path: Path, threads: int = 1, runtime: str | None = None) -> Network:
     """An exported file as a function of images (batch, channels, height, width), which returns logits (batch, classes).
 
     `runtime`: onnxruntime, openvino (which reads .onnx, too) or torch; by the file's suffix if None.

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from lab.experiments import tuned
-from lab.experiments.markdown import interval, spread
+from lab.experiments.markdown import interval, mean_and_spread
 from lab.experiments.paired import Rows, difference, level
 from lab.experiments.pictures import PANELS
 from lab.experiments.rows import done_epochs, final_rows, load_rows
@@ -67,11 +67,11 @@ def table_of(table: Table, rows: Rows) -> str:
     lines = [[column.format(table.baseline) for column in COLUMNS]]
     for name in ran:
         gaps = [None if name == table.baseline else table.baseline, twins[name]]
-        shares = [spread(level(rows, name, key), 1, 100) for key in ("dead_units", "sparsity")]
+        shares = [mean_and_spread(level(rows, name, key), 1, 100) for key in ("dead_units", "sparsity")]
         lines.append([
-            f"`{name}`", str(level(rows, name).n), spread(level(rows, name)),
+            f"`{name}`", str(level(rows, name).n), mean_and_spread(level(rows, name)),
             *(interval(difference(rows, name, other)) if other else "" for other in gaps),
-            spread(level(rows, name, "train_loss"), 3), *shares,
+            mean_and_spread(level(rows, name, "train_loss"), 3), *shares,
         ])  # fmt: skip
     if not any(twins.values()):
         lines = [line[:4] + line[5:] for line in lines]
@@ -87,7 +87,7 @@ def table_of_epochs(table: Table, epochs: list[dict[str, str]]) -> str:
     head = ["top-1 (%) after", *(f"{number + 1} epochs" if number else "1 epoch" for number in numbers)]
     lines = []
     for name in table.variants:
-        cells = [spread(level(rows, name)) for rows in at.values()]
+        cells = [mean_and_spread(level(rows, name)) for rows in at.values()]
         if name != table.baseline:
             gaps = [interval(difference(rows, name, table.baseline)) for rows in at.values()]
             cells = [f"{cell} ({gap})" if gap else cell for cell, gap in zip(cells, gaps, strict=True)]
@@ -155,7 +155,7 @@ def overview(results: Path) -> str:
                 for shown in (True, False)
             ]
             start = level(rows, table.baseline)
-            lines.append([table.title, str(start.n), f"`{table.baseline}` {spread(start)}", *cells])
+            lines.append([table.title, str(start.n), f"`{table.baseline}` {mean_and_spread(start)}", *cells])
     return markdown_table(OVERVIEW, lines) if lines else "None yet."
 
 

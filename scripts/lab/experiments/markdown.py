@@ -7,7 +7,7 @@ import math
 from lab.experiments.paired import Estimate
 
 
-def spread(value: Estimate, digits: int = 2, factor: float = 1) -> str:
+def mean_and_spread(value: Estimate, digits: int = 2, factor: float = 1) -> str:
     """Mean ± standard deviation; the mean alone for one seed, nothing without a number."""
     if not math.isfinite(value.mean):
         return "diverged" if value.n else ""

@@ -29,7 +29,7 @@ class Busy(UserError):
     """Another process works on the run."""
 
 
-class Run:
+class TableRun:
     """A run of a table with its key, below a folder that holds all runs of the table."""
 
     def __init__(self, table: Table, key: Key, folder: Path) -> None:
@@ -92,7 +92,7 @@ class Run:
                     raise KeyboardInterrupt
                 if status not in (0, STATUS):
                     raise UserError(f"run {self.name} failed (status {status}), see above; then the same again")
-            write_atomically(self.record, json.dumps(self.summarize(epochs, failed=status == STATUS), indent=1))
+            write_atomically(self.record, json.dumps(self.as_row(epochs, failed=status == STATUS), indent=1))
 
     def start(self, options: Sequence[str], lock: int) -> int:
         """Train in a process of its own; returns its exit status."""
@@ -104,7 +104,7 @@ class Run:
             env={**os.environ, "PYTHONPATH": path}, pass_fds=(lock,), check=False,
         ).returncode  # fmt: skip
 
-    def summarize(self, epochs: int, failed: bool = False) -> dict[str, Any]:
+    def as_row(self, epochs: int, failed: bool = False) -> dict[str, Any]:
         """The rows of the results: one of the run, and one for each epoch."""
         file, own = self.folder / "args.yaml", self.key._asdict()
         args = yaml.safe_load(file.read_text()) if file.exists() else {}
@@ -137,7 +137,7 @@ def shown(number: str | None) -> str:
     return f"{float(number):.4f}" if number else ""
 
 
-def start_of(run: Run, output: Path) -> Run | None:
+def start_of(run: TableRun, output: Path) -> TableRun | None:
     """The run whose checkpoint this one starts from, if that isn't whole and a table beside this one makes it.
 
     `output` is the folder of all tables' runs.
@@ -151,7 +151,7 @@ def start_of(run: Run, output: Path) -> Run | None:
     if table is None or variant not in table.variants or not seed.isdecimal():
         return None
     settings = table.settings(Key("final", variant, "", int(seed)))
-    before = Run(table, Key("final", variant, rate(settings.get("lr")), int(seed)), output / table.name)
+    before = TableRun(table, Key("final", variant, rate(settings.get("lr")), int(seed)), output / table.name)
     if before.record.exists() and path.exists():
         return None
     before.read()  # complains about other settings

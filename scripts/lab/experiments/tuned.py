@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lab.experiments.markdown import interval, p_text, spread
+from lab.experiments.markdown import interval, mean_and_spread, p_text
 from lab.experiments.paired import Estimate, Rows, difference, equivalence, gaps, holm, level, p_value, welch
 from lab.experiments.rows import final_rows, key_of
 from lab.experiments.table import Key, Table, pair_of, rate
@@ -123,11 +123,11 @@ def table_of(table: Table, rows: list[Row]) -> str:
     for name in table.variants:
         own = [row for row in rows if row["variant"] == name]
         if own:
-            shares = [spread(level(own, name, key), 1, 100) for key in ("dead_units", "sparsity")]
+            shares = [mean_and_spread(level(own, name, key), 1, 100) for key in ("dead_units", "sparsity")]
             counts = [str(sum(row["status"] == kind for row in own)) for kind in ("collapsed", "failed")]
             lines.append([
                 f"`{name}`", "/".join(sorted({row["lr"] for row in own})), str(level(own, name).n),
-                spread(level(own, name)), spread(level(own, name, "train_loss"), 3), *shares, *counts,
+                mean_and_spread(level(own, name)), mean_and_spread(level(own, name, "train_loss"), 3), *shares, *counts,
             ])  # fmt: skip
     return markdown_table(VARIANTS, lines)
 
@@ -158,7 +158,7 @@ def table_of_rates(table: Table, rows: list[Row], tuning: Tuning) -> str:
         for lr in map(rate, tuning.grid):
             own = [runs[key] for seed in table.tune.seeds if (key := Key("tune", name, lr, seed)) in runs]
             lost = sum(row["status"] != "done" for row in own)
-            cell = f"{lost} of {len(own)} lost" if lost else spread(level(own, name))
+            cell = f"{lost} of {len(own)} lost" if lost else mean_and_spread(level(own, name))
             cells.append(f"**{cell}**" if tuning.best.get(name) == lr else cell)
         lines.append([f"`{name}`", *cells])
     head = ["held-out top-1 (%) at learning rate", *map(rate, tuning.grid)]

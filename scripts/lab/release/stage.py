@@ -42,7 +42,7 @@ _COLUMNS = (
 )
 
 
-class Run:
+class TrainedRun:
     """A finished training run: its settings, and the weights after its last epoch (their average, if it kept one).
 
     The last epoch, not the best one, which would be chosen by the images on which the model is then reported.
@@ -97,8 +97,8 @@ class Run:
         image = torch.randn(2, *resolve_data_config(self.published, model=model)["input_size"])
         base = name.removesuffix(SUFFIX)
         sugar = {"surrogate"} | built_in_parameters()
-        plain = {key: value for key, value in self.settings["model_kwargs"].items() if key not in sugar}
-        for arguments in (plain, plain | {"act_layer": "relu"}):
+        of_base = {key: value for key, value in self.settings["model_kwargs"].items() if key not in sugar}
+        for arguments in (of_base, of_base | {"act_layer": "relu"}):
             with suppress(TypeError, RuntimeError), torch.inference_mode():  # it may take no act_layer
                 stock: Any = self.build(ALIASES.get(base, base), arguments)
                 is_relu = set(list_activations(stock).values()) <= {"ReLU", "relu"}
@@ -108,7 +108,7 @@ class Run:
 
 
 def stage(
-    run: Run,
+    run: TrainedRun,
     folder: Path,
     *,
     licence: str,
@@ -147,7 +147,7 @@ def stage(
             os.replace(partial, folder)
 
 
-def add_twin(folder: Path, run: Run, measure: Callable[[], dict[str, Any]]) -> None:
+def add_twin(folder: Path, run: TrainedRun, measure: Callable[[], dict[str, Any]]) -> None:
     """Add what the plain ReLU network measures, trained with the recipe and seed of the folder's weights, and its card.
 
     `measure()` evaluates that run and returns a row of results. Raises UserError, with nothing changed, if the run
@@ -170,7 +170,9 @@ def _portable(settings: dict[str, Any]) -> dict[str, Any]:
     return kept | {key: Path(kept[key]).name for key in _STARTED_FROM if Path(kept.get(key) or "").is_absolute()}
 
 
-def _save(model: nn.Module, run: Run, folder: Path, licence: str, labels: list[str], about: dict[str, Any]) -> None:
+def _save(
+    model: nn.Module, run: TrainedRun, folder: Path, licence: str, labels: list[str], about: dict[str, Any]
+) -> None:
     """Weights and config.json, in which what stock timm has no word for stands below the key `sugar`."""
     origin = {"tag": folder.name.partition(".")[2], "license": licence, "paper_ids": "arXiv:2505.22074"}
     nothing = dict.fromkeys(("description", "origin_url", "paper_name", "notes"))  # of the base's own weights

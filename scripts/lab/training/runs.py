@@ -57,7 +57,7 @@ def load_file(path: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:  # whose message would tell users to let the file execute code
-        raise ValueError("it is damaged, no file of torch.save, or holds more than tensors and plain values") from None
+        raise ValueError("it is damaged, no file of torch.save, or holds more than tensors and simple values") from None
     check_seal(state)
     return state
 
