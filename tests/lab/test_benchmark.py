@@ -165,7 +165,7 @@ def test_most_bytes_are_those_counted_by_hand() -> None:
     assert benchmark.most_bytes(work) == 8000 + 4000
 
 
-@pytest.mark.parametrize("name", ["resnet18", "convnext_atto"])
+@pytest.mark.parametrize("name", [pytest.param("resnet18", marks=pytest.mark.slow), "convnext_atto"])
 def test_a_step_with_sugar_holds_no_more_in_tensors_than_with_relu(name: str) -> None:
     """Apart from one value that is computed again at a time."""
     work = Workload(name, batch_size=8, img_size=64, dtype="float32")
@@ -306,6 +306,7 @@ def columns(path: Path) -> list[dict[str, str]]:
     return rows
 
 
+@pytest.mark.slow
 def test_activations_are_measured_with_and_without_a_compiler(tmp_path: Path) -> None:
     options = ["--exponents", "6", "8", "--least", "0", "--dtypes", "float32", "--repeats", "2"]
     assert script.main(["activation", *options, "--variants", "relu", "sugar", "--output", str(tmp_path)]) == 0
@@ -431,6 +432,7 @@ def test_a_users_mistake_is_one_line(options: list[str], word: str, capsys: pyte
     assert word in error_line(script.main, options, capsys)
 
 
+@pytest.mark.slow
 def test_deployment_is_measured_in_each_runtime_and_number_format(tmp_path: Path) -> None:
     options = ["--model", "test_efficientnet", "--repeats", "2", "--least", "0", "--threads-each", "1"]
     assert script.main(["deploy", *options, "--batch-sizes", "1", "--output", str(tmp_path)]) == 0

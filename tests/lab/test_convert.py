@@ -164,6 +164,7 @@ def relu_score(model: nn.Module, data: Path) -> tuple[float, float]:
     return 100 * (output.argmax(1) == target).float().mean().item(), F.cross_entropy(output, target).item()
 
 
+@pytest.mark.slow
 def test_an_interrupted_conversion_goes_on_as_if_it_had_not_been(
     original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

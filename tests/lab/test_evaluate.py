@@ -164,6 +164,7 @@ def test_more_classes_than_outputs_and_a_broken_image(
     assert f"skipped image {broken}" in caplog.text
 
 
+@pytest.mark.slow
 def test_names_that_the_terminal_cannot_show_end_no_script(run: Path, data: Path, tmp_path: Path) -> None:
     """A folder with umlauts, and an output that takes ASCII alone."""
     named = shutil.copytree(run, tmp_path / "lauf ö")

@@ -35,7 +35,7 @@ def nodes(path: Path) -> collections.Counter[str]:
     return collections.Counter(node.op_type for node in onnx.load(path).graph.node)
 
 
-@pytest.mark.parametrize("form", ["onnx", "openvino", "torch-export"])
+@pytest.mark.parametrize("form", ["onnx", pytest.param("openvino", marks=pytest.mark.slow), "torch-export"])
 def test_a_file_computes_what_pytorch_does_for_batches_of_any_size(form: str, model: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / f"net{formats.SUFFIXES[form]}"
     formats.export(model, torch.randn(2, 3, 32, 32), path, form)
@@ -89,6 +89,7 @@ def test_output_error_is_0_for_equal_and_1_for_constant_outputs() -> None:
     assert int8.output_error(np.broadcast_to(logits.mean(0), logits.shape), logits) == pytest.approx(1)
 
 
+@pytest.mark.slow
 def test_int8_is_scored_beside_pytorch_and_timed_beside_its_own_activations(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -124,6 +125,7 @@ def test_a_relu_network_has_no_activations_of_its_own_to_compare(tmp_path: Path)
     assert {*timm_sugar.list_activations(own).values()} == {"SiLU"}
 
 
+@pytest.mark.slow
 def test_a_failed_export_leaves_the_old_file(tmp_path: Path, model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "net.onnx"
     path.write_bytes(b"old")

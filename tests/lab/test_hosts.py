@@ -70,7 +70,10 @@ def same_weights(model: nn.Module, expected: nn.Module) -> None:
     torch.testing.assert_close(dict(model.state_dict()), dict(expected.state_dict()))
 
 
-TORCHVISION = ["resnet18", "mobilenet_v3_small", "efficientnet_b0", "convnext_tiny", "swin_t", "vit_b_16"]
+TORCHVISION: list[Any] = ["resnet18", "mobilenet_v3_small"]
+TORCHVISION += [
+    pytest.param(name, marks=pytest.mark.slow) for name in ("efficientnet_b0", "convnext_tiny", "swin_t", "vit_b_16")
+]
 
 
 @pytest.mark.parametrize("name", TORCHVISION)

@@ -443,6 +443,7 @@ def test_page_is_that_of_the_committed_numbers_and_every_row_can_be_made_again()
             assert row["status"] == "failed" or last[key]["top1"] == row["top1"]
 
 
+@pytest.mark.slow
 def test_pictures_are_those_of_the_committed_numbers(tmp_path: Path) -> None:
     """Pixel by pixel, where the same matplotlib draws them."""
     results = tmp_path / "results"

@@ -205,6 +205,7 @@ def test_a_name_that_is_too_long_is_one_line(begun: Path, tmp_path: Path, capsys
     assert "can't write to output folder" in error_line(train.main, argv, capsys)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="a device of Linux")
 def test_a_run_outlives_its_terminal(begun: Path, tmp_path: Path) -> None:
     argv = ["--config", str(begun / "args.yaml"), "--output", str(tmp_path), "--experiment", "run"]

@@ -127,6 +127,7 @@ def test_args_yaml_repeats_the_run(finished: Path, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "run", finished)
 
 
+@pytest.mark.slow
 def test_weights_can_be_validated_before_training_which_changes_nothing(
     data: Path, finished: Path, tmp_path: Path
 ) -> None:
@@ -147,6 +148,7 @@ def test_another_seed_gives_another_run(data: Path, finished: Path, tmp_path: Pa
     assert not equal(dict(weights), dict(load_file(finished / "checkpoint-0.pth.tar")["state_dict"]))
 
 
+@pytest.mark.slow
 def test_a_surrogate_schedule_changes_training_and_is_resumed_bit_for_bit(
     data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -364,7 +366,7 @@ def test_the_moving_average_follows_its_formula(data: Path, tmp_path: Path) -> N
     ("more", "tolerance"),
     [
         (("--amp", "--amp-dtype", "bfloat16", "--channels-last"), 0.1),
-        (("--torchcompile", "aot_eager", "--grad-checkpointing"), 1e-3),
+        pytest.param(("--torchcompile", "aot_eager", "--grad-checkpointing"), 1e-3, marks=pytest.mark.slow),
     ],
     ids=["amp", "compile"],
 )
@@ -592,6 +594,7 @@ def test_output_folder_that_exists_or_cannot_be_made(
     assert "exists" in refuse(options(data, tmp_path, experiment="file"), tmp_path, capsys)
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_the_last_good_checkpoint(
     data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -108,6 +108,7 @@ def test_a_run_that_diverges_is_a_row_and_the_others_go_on(start: Any, tmp_path:
     assert "A run was lost at every rate: `sugar-nelu`" in text
 
 
+@pytest.mark.slow
 def test_a_fresh_clone_runs_nothing_that_results_has_unless_it_must(start: Any, tmp_path: Path) -> None:
     """`--rerun` does, and another output is what a fresh clone has."""
     first = start(peak())

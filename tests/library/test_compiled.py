@@ -364,9 +364,9 @@ for _ in range(2):
 @pytest.mark.parametrize(
     ("environment", "said"),
     [
-        ({"CXX": "no-such-compiler"}, ["compiling", "not compiled"]),
+        pytest.param({"CXX": "no-such-compiler"}, ["compiling", "not compiled"], marks=pytest.mark.slow),
         pytest.param({"CXX": "false"}, ["compiling", "not compiled"], marks=pytest.mark.slow),
-        ({"CACHE": "/dev/null/cache"}, ["compiling", "not compiled"]),
+        pytest.param({"CACHE": "/dev/null/cache"}, ["compiling", "not compiled"], marks=pytest.mark.slow),
         ({"TORCH_COMPILE_DISABLE": "1"}, []),
     ],
     ids=["no_compiler", "broken_compiler", "cache_cannot_be_written", "switched_off"],

@@ -521,6 +521,7 @@ def hub(tmp_path: Path) -> Iterator[tuple[str, type[Hub]]]:
     server.server_close()
 
 
+@pytest.mark.slow
 def test_pretrained_downloads_the_bases_weights(hub: tuple[str, type[Hub]], tmp_path: Path) -> None:
     address, handler = hub
     code = """

@@ -75,6 +75,7 @@ def test_is_relus_for_extremes_too_and_under_torch_func() -> None:
         assert torch.equal(torch.func.jvp(sugar, (X,), (torch.ones_like(X),))[1], gradient(F.relu))
 
 
+@pytest.mark.slow
 def test_integrated_gradients_add_up_to_the_difference_of_outputs() -> None:
     """Completeness (arXiv 1703.01365), which holds for the gradient of what the model computes and for no other."""
     torch.manual_seed(0)

@@ -187,7 +187,13 @@ def test_compiled_graph_saves_no_more_than_relus(name: str) -> None:
     assert saved[0] <= saved[1]
 
 
-@pytest.mark.parametrize("name", ["test_resnet", "convnext_atto", "swin_tiny_patch4_window7_224"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "test_resnet",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("convnext_atto", "swin_tiny_patch4_window7_224")),
+    ],
+)
 def test_a_compiled_network_is_one_graph_that_is_compiled_once(name: str) -> None:
     """As with ReLU: no graph break, and nothing compiled in the steps after the first."""
     for relu in (False, True):
@@ -735,7 +741,10 @@ def test_check_finds_nothing_in_a_network(monkeypatch: pytest.MonkeyPatch) -> No
     gradients(build("test_resnet_sugar"))
 
 
-@pytest.mark.parametrize(("value", "expected"), [("1", "True"), ("0", "False"), (None, "False")])
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [("1", "True"), *(pytest.param(value, "False", marks=pytest.mark.slow) for value in ("0", None))],
+)
 def test_check_is_switched_on_by_the_environment(value: str | None, expected: str) -> None:
     environment = {key: text for key, text in os.environ.items() if key != "TIMM_SUGAR_CHECK_SHARING"}
     if value is not None:

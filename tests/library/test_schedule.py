@@ -148,6 +148,7 @@ def test_eager_mode_compiles_nothing_for_new_values(surrogate: str, monkeypatch:
     assert made == [torch.float32]
 
 
+@pytest.mark.slow
 def test_many_values_leave_nothing_behind() -> None:
     model = nn.Sequential(SUGAR(), SUGAR())
     schedule = SurrogateSchedule(model, alpha=(1.67, 0.1), updates=5000)

@@ -513,6 +513,7 @@ def slope(x, beta):
 """
 
 
+@pytest.mark.slow
 def test_the_same_formula_has_the_same_fingerprint_in_a_fresh_process(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     names = "[*NAMES, 'mine']".replace("NAMES", repr(NAMES))

@@ -332,6 +332,7 @@ else:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transform", ["grad", "vmap"])
 def test_transforms_of_a_dual_tensor_in_a_compiled_function_have_its_tangent_or_raise(transform: str) -> None:
     """In a process of its own: PyTorch doesn't leave its transforms when a compiler raises in them."""

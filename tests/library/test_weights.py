@@ -89,6 +89,7 @@ def expected(checkout: Path) -> str:
     return hashlib.sha256(weight.numpy().tobytes()).hexdigest()
 
 
+@pytest.mark.slow
 def test_checkout_needs_no_network(hub: LoopbackHub, checkout: Path, expected: str, tmp_path: Path) -> None:
     done = run(LOAD, hub.environment(tmp_path), checkout)
     assert done.stdout.split() == [expected], done.stderr
@@ -123,6 +124,7 @@ def test_installed_package_lists_nothing_that_is_nowhere(hub: LoopbackHub, insta
     assert hub.requests == []
 
 
+@pytest.mark.slow
 def test_installed_package_takes_the_file_that_is_named_as_train_py_of_timm_names_it(
     checkout: Path, installed: Path, hub: LoopbackHub, tmp_path: Path
 ) -> None:
@@ -181,6 +183,7 @@ def test_private_weights_load_with_a_token(hub: LoopbackHub, installed: Path, ex
     assert READ not in done.stderr
 
 
+@pytest.mark.slow
 def test_weights_with_another_content_are_refused(
     hub: LoopbackHub, checkout: Path, installed: Path, expected: str, tmp_path: Path
 ) -> None:
