@@ -166,6 +166,7 @@ def test_most_bytes_are_those_counted_by_hand() -> None:
 
 
 @pytest.mark.parametrize("name", [pytest.param("resnet18", marks=pytest.mark.slow), "convnext_atto"])
+@pytest.mark.slow
 def test_a_step_with_sugar_holds_no_more_in_tensors_than_with_relu(name: str) -> None:
     """Apart from one value that is computed again at a time."""
     work = Workload(name, batch_size=8, img_size=64, dtype="float32")
@@ -349,6 +350,7 @@ def test_loops_of_the_backward_pass_are_measured_in_one_thread(tmp_path: Path) -
     assert found == ["surrogate='bsilu', alpha=1.67", "surrogate='bsilu', alpha=2"]
 
 
+@pytest.mark.slow
 def test_a_model_is_measured_in_training_and_in_inference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("timm_sugar._saved_tensors._LEAST", 0)  # or so small a network shares nothing
     options = [*TINY, "--output", str(tmp_path), "--model-kwargs", "surrogate=nelu", "alpha=0.05"]

@@ -48,6 +48,7 @@ def test_a_file_computes_what_pytorch_does_for_batches_of_any_size(form: str, mo
     assert {file.stem for file in tmp_path.iterdir()} == {"net"}
 
 
+@pytest.mark.slow
 def test_onnx_holds_relu_and_no_batch_norm(model: nn.Module, tmp_path: Path) -> None:
     formats.export(model, torch.randn(2, 3, 32, 32), tmp_path / "net.onnx", "onnx")
     found = nodes(tmp_path / "net.onnx")

@@ -277,6 +277,7 @@ def test_sigkill_in_the_middle_of_an_epoch_with_loader_processes(data: Path, tmp
     assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_run_that_the_printed_command_continues(
     data: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

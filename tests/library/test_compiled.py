@@ -371,6 +371,7 @@ for _ in range(2):
     ],
     ids=["no_compiler", "broken_compiler", "cache_cannot_be_written", "switched_off"],
 )
+@pytest.mark.slow
 def test_without_a_compiler_the_gradient_is_the_same(
     environment: dict[str, str], said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -745,6 +745,7 @@ def test_check_finds_nothing_in_a_network(monkeypatch: pytest.MonkeyPatch) -> No
     ("value", "expected"),
     [("1", "True"), *(pytest.param(value, "False", marks=pytest.mark.slow) for value in ("0", None))],
 )
+@pytest.mark.slow
 def test_check_is_switched_on_by_the_environment(value: str | None, expected: str) -> None:
     environment = {key: text for key, text in os.environ.items() if key != "TIMM_SUGAR_CHECK_SHARING"}
     if value is not None:
