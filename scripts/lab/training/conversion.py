@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from timm.models import is_model
 from timm.task import DistillationTeacher, LogitDistillationTask
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 
 from lab.cli import Parser, UserError, as_options
@@ -154,7 +155,8 @@ class Conversion(Run):
         self.args.eval_first = False  # done
         if self.args.blend_epochs:
             updates = max(1, round(self.args.blend_epochs * self.updates))
-            self.blend = Blend(self.task.get_trainable_module(), self.teacher, updates, self.args.blend_order)
+            model = unwrap_model(self.task.get_trainable_module())  # of several processes, too
+            self.blend = Blend(model, self.teacher, updates, self.args.blend_order)
             self.blend.move(self.start_epoch * self.updates)
         super().train()
         if self.folder and self.eval_loader is not None:
