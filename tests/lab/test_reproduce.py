@@ -95,7 +95,7 @@ def test_sentence_follows_from_the_intervals() -> None:
     text += "no difference in top-1 from the runs with `relu` is shown for {}."
     assert evidence.verdict(table, rows_of(numbers)) == text.format(up, down, same)
     assert evidence.verdict(table, rows_of({**numbers, "sugar": {0: 9, 1: 19.1}})).splitlines() == [
-        text.format(up, down + ", `sugar` (-0.95 [-1.59, -0.31])", same),
+        text.format(up, down, same + ", `sugar` (-0.95 [-1.59, -0.31])"),
         "- In 2 paired seeds, top-1 is higher than with the activation itself for `sugar` (+2.00 [+2.00, +2.00]).",
     ]
     replaced = Table("t", "T", "original", {"original": {}, "relu": {"plain": "relu"}, "sugar": {"sugar": "nelu"}})
@@ -120,7 +120,7 @@ def test_overview_tells_differences_that_are_shown_from_the_others(tmp_path: Pat
     ):
         write_rows(tmp_path / f"{name}.csv", rows_of(ran), COLUMNS)
     assert evidence.overview(tmp_path).splitlines()[2:] == [
-        f"| {load_table('tabular').title} | 2 | `relu` 15.00 ± 7.07 | `sugar-bsilu` +2.05 [+1.41, +2.69]"
+        f"| {load_table('tabular').title} | one for all | 2 | `relu` 15.00 ± 7.07 | `sugar-bsilu` +2.05 [+1.41, +2.69]"
         "<br>`sugar-nelu` -2.95 [-3.59, -2.31] | `gelu` +0.25 [-15.63, +16.13] |"
     ]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lab.experiments import tuned
 from lab.experiments.markdown import interval, mean_and_spread
-from lab.experiments.paired import Rows, difference, level
+from lab.experiments.paired import Rows, difference, gaps, holm, level, p_value, shown
 from lab.experiments.pictures import PANELS
 from lab.experiments.rows import done_epochs, final_rows, load_rows
 from lab.experiments.table import TABLES, Table, list_tables, load_table
@@ -20,8 +20,9 @@ Written by `scripts/reproduce.py` from the CSV files beside it; `python scripts/
 
 Top-1 is of the last epoch, mean ± standard deviation over the seeds. Differences are paired: variant minus baseline
 with the same seed, so with the same first weights and the same order of the data; the mean over the seeds, and its 95 %
-interval by Student's t. Where the interval holds 0, no difference is shown, which does not say that there is none.
-Intervals are not corrected for the number of comparisons: of twenty without a real difference, about one misses 0.
+interval by Student's t. Intervals are not corrected for the number of comparisons: of twenty without a real
+difference, about one misses 0. So a difference counts as shown only if its paired t-test survives Holm's correction
+(p < 0.05) over all differences that stand in the same sentence. Where none is shown, there may still be one.
 
 `relu`, `gelu`, ... are the activation itself, with its own gradient; `sugar-...` is ReLU with that one's gradient. A
 dead unit was never above 0 on the validation data; a smooth activation still has a gradient there. An empty cell was
@@ -32,13 +33,15 @@ its end. Such runs are counted and left out of every mean and difference.
 
 Some tables say before they run what decides: the primary contrast and the margin within which two variants count as
 equal. In these each variant has its own learning rate, chosen on held-out training images from one grid with one budget
-for all, and every final seed is new. Beside the paired interval stands Welch's, which makes no use of the pairs. p is
-of the paired t-test; Holm's correction is over all contrasts of the table but the primary one. TOST is the equivalence
-test of two one-sided paired t-tests at the margin.
+for all, and every final seed is new. All other tables have one rate for all variants, and what they show may be the
+rate's doing. Beside the paired interval stands Welch's, which makes no use of the pairs. p is of the paired t-test;
+Holm's correction is over all contrasts of the table but the primary one. TOST is the equivalence test of two one-sided
+paired t-tests at the margin.
 """
 COLUMNS = ("variant", "n", "top-1 (%)", "minus `{}` (points)", "minus the activation itself (points)", "training loss",
            "dead units (%)", "zeros (%)")  # fmt: skip
-OVERVIEW = ("experiment", "seeds", "baseline, top-1 (%)", "difference in top-1", "no difference shown")
+OVERVIEW = ("experiment", "learning rate", "seeds", "baseline, top-1 (%)", "difference in top-1",
+            "no difference shown")  # fmt: skip
 
 # Folders of results/ that scripts/diagnose.py wrote: heading, and the options that make them again.
 DEPTHS = {
@@ -119,43 +122,53 @@ def verdict(table: Table, rows: Rows) -> str:
 
 def sentence(rows: Rows, pairs: dict[str, str], what: str, other: str, column: str = "top1", factor: float = 1) -> str:
     """What the differences between these pairs of variants show; empty if none has run."""
-    gaps = {one: difference(rows, one, base, column) for one, base in pairs.items()}
-    gaps = {one: gap for one, gap in gaps.items() if gap.n}
-    if not gaps:
+    found = {one: difference(rows, one, base, column) for one, base in pairs.items()}
+    found = {one: gap for one, gap in found.items() if gap.n}
+    if not found:
         return ""
-    single = [one for one, gap in gaps.items() if math.isnan(gap.low)]
-    if len(single) == len(gaps):
+    single = [one for one, gap in found.items() if math.isnan(gap.low)]
+    if len(single) == len(found):
         return f"One seed says nothing about a difference in {what} from the run {other}."
-    gaps = {one: gap for one, gap in gaps.items() if one not in single}
+    found = {one: gap for one, gap in found.items() if one not in single}
+    survive = shown(rows, [(one, pairs[one]) for one in found], column)
+    signs = {one: gap.sign if survives else 0 for (one, gap), survives in zip(found.items(), survive, strict=True)}
     parts = []
     for sign, text in ((1, f"{what} is higher than {other}"), (-1, f"{what} is lower than {other}"),
                        (0, f"no difference in {what} from the runs {other} is shown")):  # fmt: skip
-        named = [f"`{one}` ({interval(gap, factor)})" for one, gap in gaps.items() if gap.sign == sign]
+        named = [f"`{one}` ({interval(gap, factor)})" for one, gap in found.items() if signs[one] == sign]
         if named:
             parts.append(f"{text} for {', '.join(named)}")
     if single:
         parts.append(f"one seed says nothing of {', '.join(f'`{one}`' for one in single)}")
-    seeds = " to ".join(map(str, sorted({gap.n for gap in gaps.values()})))
+    seeds = " to ".join(map(str, sorted({gap.n for gap in found.values()})))
     return f"In {seeds} paired seeds, {'; '.join(parts)}."
 
 
 def overview(results: Path) -> str:
     """A line in Markdown for each table that has run with several seeds: how its variants differ from the baseline.
 
-    As in results/README.md: paired differences, in points of top-1, with their 95 % intervals.
+    Paired differences in points of top-1 with their 95 % intervals, as in results/README.md. A difference is shown if
+    it survives Holm's correction over all differences of the overview.
     """
+    ran = {table.name: (table, final_rows(load_rows(table, results))) for table in map(load_table, list_tables())}
+    pairs = [
+        (name, variant)
+        for name, (table, rows) in ran.items()
+        for variant in table.variants
+        if variant != table.baseline and difference(rows, variant, table.baseline).n > 1
+    ]
+    adjusted = holm([p_value(gaps(ran[name][1], variant, ran[name][0].baseline)) for name, variant in pairs])
+    p_of = dict(zip(pairs, adjusted, strict=True))
     lines = []
-    for table in map(load_table, list_tables()):
-        rows = final_rows(load_rows(table, results))
-        gaps = {name: difference(rows, name, table.baseline) for name in table.variants if name != table.baseline}
-        gaps = {name: gap for name, gap in gaps.items() if gap.n > 1}
-        if gaps:
-            cells = [
-                "<br>".join(f"`{name}` {interval(gap)}" for name, gap in gaps.items() if bool(gap.sign) == shown)
-                for shown in (True, False)
-            ]
-            start = level(rows, table.baseline)
-            lines.append([table.title, str(start.n), f"`{table.baseline}` {mean_and_spread(start)}", *cells])
+    for name, (table, rows) in ran.items():
+        own = {variant: p for (other, variant), p in p_of.items() if other == name}
+        if own:
+            cells = [f"`{variant}` {interval(difference(rows, variant, table.baseline))}" for variant in own]
+            columns = ([cell for cell, p in zip(cells, own.values(), strict=True) if (p < 0.05) == yes]
+                       for yes in (True, False))  # fmt: skip
+            start, rates = level(rows, table.baseline), "each its own" if table.tune else "one for all"
+            lines.append([table.title, rates, str(start.n), f"`{table.baseline}` {mean_and_spread(start)}",
+                          *map("<br>".join, columns)])  # fmt: skip
     return markdown_table(OVERVIEW, lines) if lines else "None yet."
 
 

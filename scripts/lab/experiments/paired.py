@@ -85,6 +85,12 @@ def welch(rows: Rows, variant: str, baseline: str, column: str = "top1") -> Esti
     return Estimate(n, mean, math.nan, mean - half, mean + half)
 
 
+def shown(rows: Rows, pairs: Iterable[tuple[str, str]], column: str = "top1") -> list[bool]:
+    """For each (variant, baseline) whether its paired difference survives Holm's correction over all pairs, at 5 %."""
+    rows = list(rows)
+    return [p < 0.05 for p in holm([p_value(gaps(rows, *pair, column)) for pair in pairs])]
+
+
 def p_value(values: Sequence[float], center: float = 0.0, side: int = 0) -> float:
     """Student's test of a mean against `center`: two-sided, or that it is above (side 1) or below it (side -1).
 
