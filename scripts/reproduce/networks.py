@@ -161,7 +161,7 @@ class SmallNet(nn.Module):
 class ResNet9(SmallNet):
     """Eight convolutions with BatchNorm, two residual blocks among them: the ResNet-9 of DAWNBench, narrower."""
 
-    def __init__(self, width: int = 24, num_classes: int = 10, in_chans: int = 3, drop_rate: float = 0.0) -> None:
+    def __init__(self, width: int = 8, num_classes: int = 10, in_chans: int = 3, drop_rate: float = 0.0) -> None:
         a, b, c, d = (width * factor for factor in (1, 2, 4, 8))
         layers = [
             *_convolution(in_chans, a), *_convolution(a, b), nn.MaxPool2d(2),
@@ -198,7 +198,7 @@ def deep_mlp(pretrained: bool = False, **kwargs: Any) -> DeepMLP:
 
 @register_model
 def resnet9(pretrained: bool = False, **kwargs: Any) -> ResNet9:
-    """ResNet-9, 24 channels wide at its start."""
+    """ResNet-9, 8 channels wide at its start."""
     return build_model_with_cfg(ResNet9, "resnet9", pretrained, **kwargs)
 
 
