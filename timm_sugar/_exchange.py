@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm_sugar._places import Place, is_in_place
+from timm_sugar._places import Place, find_places, is_in_place
 from timm_sugar.activation import SUGAR
 
 New = nn.Module | Callable[..., Any]
+# How the configs of transformers name activations that `sugarize` replaces, also behind "gated-".
+_NAMED_BY_CONFIGS = (
+    *("gelu", "gelu_10", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh", "gelu_python_tanh"),
+    *("gelu_accurate", "hardswish", "leaky_relu", "mish", "quick_gelu", "relu6", "silu", "swish"),
+)
 
 
 def one_new_for_each_old(places: list[Place], make: Callable[[Place], New]) -> dict[Place, New]:
@@ -94,6 +99,43 @@ class Change:
             _set(owner, key, self.place.activation)
         if self.fused is not None:
             owner.activation_relu_or_gelu = self.fused
+
+
+class Renamed:
+    """An activation that a config of transformers names, set to ReLU, and what is needed to undo it."""
+
+    def __init__(self, config: Any, key: str, old: str) -> None:
+        self.config, self.key, self.old = config, key, old
+        setattr(config, key, "gated-relu" if old.startswith("gated-") else "relu")
+
+    def undo(self) -> None:
+        """Put the old name back."""
+        setattr(self.config, self.key, self.old)
+
+
+def rename_in_configs(model: nn.Module, left: Collection[str], types: Collection[Any] = ()) -> list[Renamed]:
+    """Let configs of transformers name ReLU, so that `from_pretrained` returns what `save_pretrained` saved.
+
+    A config stays as it is where an activation below the modules that hold it isn't SUGAR; `left` names those that
+    `sugarize` can't replace.
+    """
+    kept = [*left, *(place.name for place in find_places(model, types) if place.settings() is None)]
+    configs, partial = {}, set()
+    for prefix, module in model.named_modules():
+        config = vars(module).get("config")
+        if hasattr(type(config), "save_pretrained"):
+            configs[id(config)] = config
+            if any(not prefix or f"{name}.".startswith(f"{prefix}.") for name in kept):
+                partial.add(id(config))
+    return [
+        Renamed(config, key, value)
+        for config in configs.values()
+        if id(config) not in partial
+        for key, value in list(vars(config).items())
+        if ("act" in key or key in ("feed_forward_proj", "nonlinearity"))
+        and isinstance(value, str)
+        and value.removeprefix("gated-") in _NAMED_BY_CONFIGS
+    ]
 
 
 def _set(owner: nn.Module, key: str, new: Any) -> None:

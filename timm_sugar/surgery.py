@@ -14,7 +14,7 @@ from torch import nn
 
 from timm_sugar import _torch
 from timm_sugar._example import call, equal_outputs, inference, watch_example
-from timm_sugar._exchange import Change, New, exchange, one_new_for_each_old
+from timm_sugar._exchange import Change, New, Renamed, exchange, one_new_for_each_old, rename_in_configs
 from timm_sugar._places import (
     Place,
     find_leftovers,
@@ -71,6 +71,7 @@ def sugarize(
     attribute, or calls in a torch.fx graph. Shared instances stay shared; train mode, hooks and attributes carry over.
     What is left because it can't be replaced where it sits is named in one warning; for a `forward` that calls
     `F.relu` itself, sugarize `torch.fx.symbolic_trace(model)`. A second call with equal settings changes nothing.
+    A config of transformers whose activations are all replaced names ReLU from then on (`hidden_act` and the like).
 
     Inside `with timm_sugar.relu_gradient():` the model has ReLU's own gradient, which attributions and adversarial
     attacks need.
@@ -120,7 +121,7 @@ def _sugarize(
     example: Any,
     save_memory: bool,
     parameters: dict[str, Any],
-) -> list[Change]:
+) -> list[Change | Renamed]:
     """What `sugarize` does; returns the changes, in their order."""
     if example is not None:
         _torch.check_examples()
@@ -140,7 +141,7 @@ def _sugarize(
         )
     plan = _plan(choose, save_memory)
     expected = None if example is None else _output_of_relu(model, plan, example)
-    changes = exchange(plan)
+    changes: list[Change | Renamed] = [*exchange(plan), *rename_in_configs(model, left, types)]
     if left:
         warnings.warn(f"sugarize() left activations of {type(model).__name__}: {_listed(left)}", stacklevel=3)
     if example is not None:

@@ -14,6 +14,7 @@ import timm
 import torch
 from PIL import Image
 
+import timm_sugar
 from timm_sugar.models._weights import MODEL_CARDS
 
 transformers = pytest.importorskip("transformers")
@@ -61,3 +62,54 @@ def test_without_this_package_a_folder_loads_or_its_card_says_what_is_missing(fo
         assert "import timm_sugar" in block
     else:
         assert done.stdout.split() == [str(config["num_classes"])], done.stderr
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+TEXT = {"vocab_size": 50, "bos_token_id": 48, "eos_token_id": 49}
+PIXELS, IDS = {"pixel_values": torch.randn(2, 3, 32, 32)}, {"input_ids": torch.arange(14).view(2, 7)}
+# Model, config and inputs; their configs name the activation hidden_act, activation_function, activation,
+# feed_forward_proj, and hidden_act in two configs below a third.
+NAMED: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
+    "ViT": ("ViTForImageClassification", "ViTConfig", {**SMALL, "image_size": 32, "patch_size": 16}, PIXELS),
+    "GPT-2": ("GPT2Model", "GPT2Config", {"n_embd": 32, "n_layer": 2, "n_head": 2, **TEXT}, IDS),
+    "DistilBERT": ("DistilBertModel", "DistilBertConfig", {"dim": 32, "n_layers": 2, "n_heads": 2, **TEXT}, IDS),
+    "T5": (
+        "T5EncoderModel", "T5Config",
+        {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2, "feed_forward_proj": "gated-gelu"},
+        IDS,
+    ),
+    "Llama": ("LlamaModel", "LlamaConfig", {**SMALL, **TEXT}, IDS),
+    "CLIP": (
+        "CLIPModel", "CLIPConfig",
+        {"projection_dim": 16, "text_config": {**SMALL, **TEXT, "projection_dim": 16},
+         "vision_config": {**SMALL, "image_size": 32, "patch_size": 16, "projection_dim": 16}}, {**PIXELS, **IDS},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "config", "settings", "inputs"), NAMED.values(), ids=NAMED)
+def test_a_sugarized_model_that_is_saved_and_loaded_computes_with_relu(
+    kind: str, config: str, settings: dict[str, Any], inputs: dict[str, Any], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(getattr(transformers, config)(**settings)).eval()
+    with torch.inference_mode():
+        before = model(**inputs)[0]
+        expected = timm_sugar.sugarize(model)(**inputs)[0]
+    model.save_pretrained(tmp_path)
+    loaded = getattr(transformers, kind).from_pretrained(tmp_path).eval()
+    with torch.inference_mode():
+        assert torch.equal(loaded(**inputs)[0], expected)
+    assert not torch.equal(before, expected)
+
+
+def test_a_config_keeps_its_name_where_activations_are_left_and_gets_it_back_after_sugarized() -> None:
+    model = transformers.ViTModel(transformers.ViTConfig(**SMALL, image_size=32, patch_size=16))
+    with timm_sugar.sugarized(model):
+        assert model.config.hidden_act == "relu"
+    assert model.config.hidden_act == "gelu"
+    timm_sugar.sugarize(model, filter_fn=lambda module, name: "0" in name)
+    assert model.config.hidden_act == "gelu"
+    timm_sugar.sugarize(model)
+    assert model.config.hidden_act == "relu"
+    assert transformers.ViTConfig().hidden_act == "gelu"
