@@ -47,9 +47,15 @@ OVERVIEW = ("experiment", "learning rate", "seeds", "baseline, top-1 (%)", "diff
 DEPTHS = {
     "deep_depth": (
         "The 50-layer MLP by depth",
-        "Seed 0 of the table `deep` above, on its held-out images: activations from the first to the last.",
+        "Seed 0 of the table `deep` above, once it has run, on its held-out images: activations from the first to the "
+        "last.",
         "--data-dir output/reproduce/subset-per_class-1000-held_out-200 "
         "--compare output/reproduce/deep/relu-0 output/reproduce/deep/sugar-nelu-0.01-0",
+    ),
+    "swin_zeros": (
+        "The zeros of a Swin by depth",
+        "The published `swin_tiny_sugar.nelu_cifar10` on 1,000 test images.",
+        "--data-dir DATA --model swin_tiny_sugar.nelu_cifar10 --images 1000",
     ),
 }
 
@@ -233,7 +239,7 @@ def depth_section(name: str, results: Path) -> str:
     command = f"PYTHONPATH=scripts/reproduce python scripts/diagnose.py {options} --output results/{name}"
     return (
         f"\n## {title}\n\n{text} All of them together:\n\n{table}\n\n![{', '.join(PANELS.values())} by depth]"
-        f"({name}/activations.png)\n\nAgain, once the table has run:\n\n```bash\n{command}\n```\n"
+        f"({name}/activations.png)\n\nAgain:\n\n```bash\n{command}\n```\n"
     )
 
 
