@@ -44,12 +44,19 @@ def escape_bars(app: object, what: str, name: str, obj: object, options: object,
 
 
 def show_results(app: Sphinx, page: str, source: list[str]) -> None:
-    """Show results/README.md in the place of results.md, its links as they are from here."""
-    if page == "results":
-        path = Path(__file__).parents[1] / "results" / "README.md"
+    """Show the pages of results/ in the place of results.md and results/*.md, their links as they are from here."""
+    folder, _, name = f"/{page}".rpartition("/")
+    if page == "results" or folder == "/results":
+        index = page == "results"
+        path = Path(__file__).parents[1] / "results" / ("README.md" if index else f"{name}.md")
         app.env.note_dependency(str(path))
         text = path.read_text().replace("# Results", "# Every table", 1)
-        source[0] = re.sub(r"\]\((?!\.\./|https?:|#)", "](../results/", text)
+        to_page = r"](results/\1)" if index else r"](\1)"
+        text = re.sub(r"\]\((?!README)(\w+\.md)\)", to_page, text).replace("](README.md)", "](../results.md)")
+        up = "../results/" if index else "../../results/"
+        text = re.sub(r"\]\((?!\.\./|https?:|#|[\w/]+\.md\))", f"]({up}", text)
+        source[0] = text if index else text.replace("](../scripts/", "](../../scripts/")
+        source[0] += "\n```{toctree}\n:glob:\n:hidden:\n\nresults/*\n```\n" if index else ""
 
 
 def refuse_what_loads_from_elsewhere(app: Sphinx, error: Exception | None) -> None:

@@ -4,7 +4,7 @@
     python scripts/report.py                     # output/report.html
 
 The page is one file: pictures are inside, nothing is loaded from elsewhere, it opens from disk. What it says is what
-README.md, docs/, results/README.md and the cards in model_cards/ say.
+README.md, docs/, results/ and the cards in model_cards/ say.
 """
 
 from __future__ import annotations
@@ -94,11 +94,14 @@ def collect() -> list[Part]:
     docs = ROOT / "docs"
     method = readme.split("\n", 1)[1].partition("\nTwo lines")[0]
     evidence, cost = ((docs / f"{name}.md").read_text().split("\n", 1)[1] for name in ("evidence", "cost"))
-    results = (ROOT / "results" / "README.md").read_text().split("\n", 1)[1]
+    results = ROOT / "results"
+    how_to_read = (results / "README.md").read_text().split("\n", 1)[1]
+    pages = [path.read_text() for path in sorted(results.glob("*.md")) if path.name != "README.md"]
+    tables = [rendered(text, results, deeper=2) for text in pages]
     return [
         Part("The method", rendered(method, ROOT)),
         Part("Does it help?", rendered(evidence, docs, deeper=1)),
-        Part("Every table", rendered(results, ROOT / "results", deeper=1)),
+        Part("Every table", Markup().join([rendered(how_to_read, results, 1), *tables])),
         Part("What it costs", rendered(cost, docs, deeper=1)),
         Part("Published models", rendered(cut(readme, "## Weights"), ROOT), cards),
     ]

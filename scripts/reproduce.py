@@ -34,7 +34,7 @@ from functools import partial
 from pathlib import Path
 
 from lab.cli import Parser, UserError, as_options, explained
-from lab.experiments.evidence import DEPTHS, compare, write_page
+from lab.experiments.evidence import DEPTHS, compare, write_pages
 from lab.experiments.pictures import draw_depth, write_picture
 from lab.experiments.rows import collect, locked, read_results
 from lab.experiments.run import Busy, TableRun, start_of
@@ -227,7 +227,7 @@ def run(args: argparse.Namespace) -> None:
         for name in DEPTHS:
             if rows := read_rows(args.results / name / "activations.csv"):
                 draw_depth(rows, args.results / name / "activations.png")
-    write_page(args.results)
+    write_pages(args.results)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

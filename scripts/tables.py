@@ -9,7 +9,8 @@ A run belongs to the recipe that its folder is named after. Its row has the last
 split, how many epochs it ran of those that the recipe asks for, and what it ran on. A newer run replaces an older one.
 
 A page says where a table belongs by two marks, <!-- NAME --> and <!-- /NAME -->. NAME is recipes, models, evidence,
-benchmark, costs, acceptance or replay. Each model card also gets a page of docs/, in docs/cards/.
+benchmark, costs, acceptance or replay. Each model card also gets a page of docs/, in docs/cards/, and each table of
+experiments one in docs/results/.
 """
 
 from __future__ import annotations
@@ -62,6 +63,12 @@ CARD_PAGE = """\
 :start-after: "# Model card for {name}"
 :relative-images:
 ```
+"""
+RESULT_PAGE = """\
+{title}
+
+<!-- Written by scripts/tables.py. -->
+[results/{name}](../../results/{name}) has this table. The site shows it here.
 """
 MODELS_HEAD = ("weights", "data", MEASURED[0], "ReLU twin, top-1 (%)", *MEASURED[1:], "MB")
 
@@ -199,6 +206,16 @@ def card_pages() -> dict[Path, str]:
     return {CARDS / f"{folder.name}.md": CARD_PAGE.format(name=folder.name) for folder in model_folders()}
 
 
+def result_pages() -> dict[Path, str]:
+    """The page of each table of experiments in docs/; docs/conf.py puts the table there."""
+    texts = evidence.pages(RESULTS.parent)
+    return {
+        DOCS / "results" / name: RESULT_PAGE.format(title=text.split("\n", 1)[0], name=name)
+        for name, text in texts.items()
+        if name != "README.md"
+    }
+
+
 def run(args: argparse.Namespace) -> None:
     """Read all runs before the first file is written."""
     if args.selection:
@@ -207,13 +224,13 @@ def run(args: argparse.Namespace) -> None:
         write_results(SELECTION, rows)
         return
     results = load_results() | {folder.name: recipe_row(folder, folder.name) for folder in args.runs}
-    texts = {page: with_tables(page, results) for page in pages()} | card_pages()
+    texts = {page: with_tables(page, results) for page in pages()} | card_pages() | result_pages()
     if args.runs:
         write_results(RESULTS, results)
-    CARDS.mkdir(exist_ok=True)
     for page, text in texts.items():
+        page.parent.mkdir(exist_ok=True)
         write_atomically(page, text)
-    for page in set(CARDS.glob("*.md")) - texts.keys():
+    for page in {*CARDS.glob("*.md"), *(DOCS / "results").glob("*.md")} - texts.keys():
         page.unlink()
 
 

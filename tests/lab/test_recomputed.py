@@ -38,6 +38,7 @@ def test_overview_is_that_of_other_code() -> None:
     named, p_values, shown = titles(), [], []
     for line in lines:
         title, _, n, baseline, *columns = (cell.strip() for cell in line.strip("|").split("|"))
+        title = re.sub(r"\[(.*)\]\(.*\)", r"\1", title)
         top = tops(named[title])
         name, mean = re.match(r"`([^`]+)` ([\d.]+)", baseline).groups()  # type: ignore[union-attr]
         assert (len(top[name]), np.mean(list(top[name].values()))) == (int(n), pytest.approx(float(mean), abs=0.0051))

@@ -74,7 +74,7 @@ def strip(text: str) -> str:
 def test_every_number_and_picture_of_the_results_is_on_it(page: str) -> None:
     seen = Attributes(page)
     text = strip(seen.text)
-    sources = [ROOT / "results" / "README.md", *ROOT.glob("model_cards/*/README.md")]
+    sources = [*ROOT.glob("results/*.md"), *ROOT.glob("model_cards/*/README.md")]
     pictures = set()
     for source in sources:
         markdown = source.read_text()

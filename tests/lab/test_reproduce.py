@@ -120,7 +120,8 @@ def test_overview_tells_differences_that_are_shown_from_the_others(tmp_path: Pat
     ):
         write_rows(tmp_path / f"{name}.csv", rows_of(ran), COLUMNS)
     assert evidence.overview(tmp_path).splitlines()[2:] == [
-        f"| {load_table('tabular').title} | one for all | 2 | `relu` 15.00 ± 7.07 | `sugar-bsilu` +2.05 [+1.41, +2.69]"
+        f"| [{load_table('tabular').title}](results/tabular.md) | one for all | 2 | `relu` 15.00 ± 7.07 "
+        "| `sugar-bsilu` +2.05 [+1.41, +2.69]"
         "<br>`sugar-nelu` -2.95 [-3.59, -2.31] | `gelu` +0.25 [-15.63, +16.13] |"
     ]
 
@@ -422,8 +423,8 @@ def test_an_unknown_table_is_answered_with_the_names(capsys: pytest.CaptureFixtu
     assert "--seeds: expected 1 or more" in error_line(reproduce.main, ["cifar10_resnet18", "--seeds", "0"], capsys)
 
 
-def test_page_is_that_of_the_committed_numbers_and_every_row_can_be_made_again() -> None:
-    assert (RESULTS / "README.md").read_text() == evidence.page(RESULTS)
+def test_pages_are_those_of_the_committed_numbers_and_every_row_can_be_made_again() -> None:
+    assert {path.name: path.read_text() for path in RESULTS.glob("*.md")} == evidence.pages(RESULTS)
     for table in ALL:
         rows = read_rows(RESULTS / f"{table.name}.csv")
         if not rows:

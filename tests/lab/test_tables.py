@@ -35,7 +35,8 @@ def run(tmp_path: Path) -> Path:
 
 def test_pages_show_the_committed_results() -> None:
     results = tables.load_results()
-    texts = {page: tables.with_tables(page, results) for page in tables.pages()} | tables.card_pages()
+    texts = {page: tables.with_tables(page, results) for page in tables.pages()}
+    texts |= tables.card_pages() | tables.result_pages()
     assert {page: page.read_text() for page in texts} == texts
     assert set(tables.CARDS.glob("*.md")) == tables.card_pages().keys()
     shown = "".join(texts.values())

@@ -1,4 +1,4 @@
-"""What results/TABLE.csv say: tables in Markdown, sentences; results/README.md, and README.md's overview."""
+"""What results/TABLE.csv say: tables in Markdown, sentences; the pages of results/, and the overview of docs/."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lab.files import markdown_table, read_rows, write_atomically
 PAGE = """\
 # Results
 
-Written by `scripts/reproduce.py` from the CSV files beside it; `python scripts/reproduce.py` writes it again.
+Every table has a page. `python scripts/reproduce.py` writes them from the CSV files beside them. How to read them:
 
 Top-1 is of the last epoch, mean ± standard deviation over the seeds. Differences are paired: variant minus baseline
 with the same seed, so with the same first weights and the same order of the data; the mean over the seeds, and its 95 %
@@ -42,6 +42,7 @@ COLUMNS = ("variant", "n", "top-1 (%)", "minus `{}` (points)", "minus the activa
            "dead units (%)", "zeros (%)")  # fmt: skip
 OVERVIEW = ("experiment", "learning rate", "seeds", "baseline, top-1 (%)", "difference in top-1",
             "no difference shown")  # fmt: skip
+INDEX = ("table", "learning rate", "final runs")
 
 # Folders of results/ that scripts/diagnose.py wrote: heading, and the options that make them again.
 DEPTHS = {
@@ -154,7 +155,7 @@ def overview(results: Path) -> str:
     """A line in Markdown for each table that has run with several seeds: how its variants differ from the baseline.
 
     Paired differences in points of top-1 with their 95 % intervals, as in results/README.md. A difference is shown if
-    it survives Holm's correction over all differences of the overview.
+    it survives Holm's correction over all differences of the overview. Links are those of a page of docs/.
     """
     ran = {table.name: (table, final_rows(load_rows(table, results))) for table in map(load_table, list_tables())}
     pairs = [
@@ -173,8 +174,9 @@ def overview(results: Path) -> str:
             columns = ([cell for cell, p in zip(cells, own.values(), strict=True) if (p < 0.05) == yes]
                        for yes in (True, False))  # fmt: skip
             start, rates = level(rows, table.baseline), "each its own" if table.tune else "one for all"
-            lines.append([table.title, rates, str(start.n), f"`{table.baseline}` {mean_and_spread(start)}",
-                          *map("<br>".join, columns)])  # fmt: skip
+            baseline = f"`{table.baseline}` {mean_and_spread(start)}"
+            link = f"[{table.title}](results/{name}.md)"
+            lines.append([link, rates, str(start.n), baseline, *map("<br>".join, columns)])
     return markdown_table(OVERVIEW, lines) if lines else "None yet."
 
 
@@ -192,8 +194,8 @@ def body(table: Table, rows: list[dict[str, str]]) -> str:
     return f"{found}\n\n{table_of(table, final)}"
 
 
-def section(table: Table, results: Path) -> str:
-    """The part of the page about one table that has run."""
+def table_page(table: Table, results: Path) -> str:
+    """The page about one table that has run."""
     rows, curves = load_rows(table, results), done_epochs(table, results)
     ran = {key: sorted({row[key] for row in rows}) for key in ("device", "torch", "timm", "timm_sugar")}
     versions = ", ".join(f"{key} {'/'.join(ran[key])}" for key in ("torch", "timm", "timm_sugar"))
@@ -203,10 +205,10 @@ def section(table: Table, results: Path) -> str:
     by_epoch = f"\n{by_epoch}\n" if by_epoch else ""
     image = f"\n![Top-1 and dead units by variant and epoch]({table.name}.png)\n" if picture.exists() else ""
     return (
-        f"\n## {table.title}\n\n{note}{body(table, rows)}\n{by_epoch}{image}\n"
+        f"# {table.title}\n\n{note}{body(table, rows)}\n{by_epoch}{image}\n"
         f"{epochs} epochs; {'; '.join(ran['device'])}; {versions}.\n"
         f"Settings: [`{table.name}.yaml`](../scripts/reproduce/{table.name}.yaml); each run: [`{table.name}.csv`]"
-        f"({table.name}.csv). Again:\n\n```bash\n{command(table)}\n```\n"
+        f"({table.name}.csv). [How to read this](README.md). Again:\n\n```bash\n{command(table)}\n```\n"
     )
 
 
@@ -216,33 +218,44 @@ def command(table: Table) -> str:
     return next(line for line in lines if line.startswith("#   python scripts/reproduce.py")).lstrip("# ")
 
 
-def page(results: Path) -> str:
-    """The text of results/README.md: the tables that have run, then the names of those that haven't."""
-    parts, missing = [PAGE], []
+def pages(results: Path) -> dict[str, str]:
+    """The pages of results/ by file name: README.md, one for each table that has run and for each folder of DEPTHS."""
+    ran, missing, found = [], [], {}
     for table in map(load_table, list_tables()):
-        if load_rows(table, results):
-            parts.append(section(table, results))
+        if rows := load_rows(table, results):
+            final = final_rows(rows)
+            compared = "compared" if len({row["lr"] for row in final}) > 1 else "one for all"
+            rates = "each its own" if table.tune else compared
+            ran.append([f"[{table.title}]({table.name}.md)", rates, str(len(final))])
+            found[f"{table.name}.md"] = table_page(table, results)
         else:
             missing.append(f"- {table.title}: `{command(table)}`")
-    parts += [depth_section(name, results) for name in DEPTHS if (results / name / "activations.csv").exists()]
+    for name, (title, *_) in DEPTHS.items():
+        if (results / name / "activations.csv").exists():
+            ran.append([f"[{title}]({name}.md)", "", ""])
+            found[f"{name}.md"] = depth_page(name, results)
+    index = [PAGE]
+    if ran:
+        index.append(f"\n## What has run\n\n{markdown_table(INDEX, ran)}\n")
     if missing:
-        parts.append("\n## Defined, not run here\n\n" + "\n".join(missing) + "\n")
-    return "".join(parts)
+        index.append("\n## Defined, not run here\n\n" + "\n".join(missing) + "\n")
+    return {"README.md": "".join(index), **found}
 
 
-def depth_section(name: str, results: Path) -> str:
-    """The part of the page about one folder that scripts/diagnose.py wrote."""
+def depth_page(name: str, results: Path) -> str:
+    """The page about one folder that scripts/diagnose.py wrote."""
     title, text, options = DEPTHS[name]
     totals = [row for row in read_rows(results / name / "activations.csv") if row["layer"] == "total"]
     lines = [[f"`{row['model']}`", *(f"{100 * float(row[key]):.2f}" for key in PANELS)] for row in totals]
     table = markdown_table(["", *PANELS.values()], lines)
     command = f"PYTHONPATH=scripts/reproduce python scripts/diagnose.py {options} --output results/{name}"
     return (
-        f"\n## {title}\n\n{text} All of them together:\n\n{table}\n\n![{', '.join(PANELS.values())} by depth]"
+        f"# {title}\n\n{text} All of them together:\n\n{table}\n\n![{', '.join(PANELS.values())} by depth]"
         f"({name}/activations.png)\n\nAgain:\n\n```bash\n{command}\n```\n"
     )
 
 
-def write_page(results: Path) -> None:
-    """Write results/README.md."""
-    write_atomically(results / "README.md", page(results))
+def write_pages(results: Path) -> None:
+    """Write the pages of results/."""
+    for name, text in pages(results).items():
+        write_atomically(results / name, text)
