@@ -251,9 +251,12 @@ def _check_primitive(surrogate: Surrogate) -> None:
 def _fingerprint(derivative: Formula, values: list[float]) -> str:
     """Hash of what a derivative returns, with default and other parameters: a new formula has a new fingerprint."""
     digest = hashlib.sha256()
-    for scale in (1.0, 0.1, 1.5, 10.0):
+    others = [[scale * (value or 1.0) for value in values] for scale in (0.1, 1.5, 10.0)]
+    if len(values) > 1:  # each by itself, which tells apart two whose defaults are equal
+        others += [[1.5 * (v or 1.0) if i == one else v for i, v in enumerate(values)] for one in range(len(values))]
+    for tried in (values, *others):
         for x in (_PROBE.clone(), _PROBE.float()):
-            digest.update(derivative(x, *(scale * value for value in values)).numpy().tobytes())
+            digest.update(derivative(x, *tried).numpy().tobytes())
     return digest.hexdigest()[:12]
 
 

@@ -76,6 +76,40 @@ def test_what_was_made_before_keeps_its_formula(route: str, large: bool, monkeyp
     torch.testing.assert_close(gradient(lambda x: sugar(x, "mine")), new(X, 0.5, 2.0))
 
 
+# Two formulas that are one at the defaults, and wherever all parameters are scaled alike; and what each is given.
+ALIKE: dict[str, Any] = {
+    "equal defaults": (
+        lambda x, a, b: torch.sigmoid(a * x) + 0 * b,
+        lambda x, a, b: torch.sigmoid(b * x) + 0 * a,
+        ({"a": 1.0, "b": 1.0}, {"a": 3.0}),
+        lambda x: torch.sigmoid(3 * x),
+        lambda x: torch.sigmoid(x),
+    ),
+    "default of 0": (
+        lambda x, leak: torch.sigmoid(x) + leak * torch.cos(x),
+        lambda x, leak: torch.sigmoid(x) + leak * torch.sin(x),
+        ({"leak": 0.0}, {"leak": 0.5}),
+        lambda x: torch.sigmoid(x) + 0.5 * torch.cos(x),
+        lambda x: torch.sigmoid(x) + 0.5 * torch.sin(x),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", ALIKE)
+def test_formulas_that_are_alike_at_their_defaults_are_told_apart(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_compiled, "_CHUNK", 7)
+    monkeypatch.setattr(_compiled, "_WORTHWHILE", 7)
+    one, other, (defaults, given), before, after = ALIKE[what]
+    register_surrogate("mine", derivative=one, **defaults)
+    module = SUGAR(surrogate="mine", **given)
+    torch.testing.assert_close(gradient(module), before(X))
+    with pytest.raises(ValueError, match="exists already"):
+        register_surrogate("mine", derivative=other, **defaults)
+    register_surrogate("mine", derivative=other, overwrite=True, **defaults)
+    torch.testing.assert_close(gradient(SUGAR(surrogate="mine", **given)), after(X))
+    torch.testing.assert_close(gradient(module), before(X))
+
+
 def test_what_was_compiled_before_keeps_its_formula_too() -> None:
     register(old)
     module = SUGAR(surrogate="mine")
