@@ -59,6 +59,11 @@ _BY_NAME = {  # by module and name
 # SUGAR as torch.fx records it.
 SUGAR_OPERATORS = (torch.ops.timm_sugar.relu, torch.ops.timm_sugar.relu.default)
 _METHODS = ("relu", "relu_")  # of a tensor
+# What stands behind x in a call in a graph, where it stands there without its name.
+_ARGUMENTS = {
+    **{"leaky_relu": ("negative_slope", "inplace"), "elu": ("alpha", "inplace"), "celu": ("alpha", "inplace")},
+    "rrelu": ("lower", "upper", "training", "inplace"),
+}
 
 
 def _qualified(kind: Any) -> str:
@@ -106,8 +111,9 @@ def own_surrogate(activation: Any) -> Surrogate:
         name = name or next((own for known, own in _FUNCTIONS.items() if known is function), None)
     if name is None:
         raise ValueError(f"no surrogate has the derivative of {name_of(activation)}: name one, not 'same'")
-    if name == "leaky_relu" and "lower" in settings:  # RReLU's mean slope
-        settings = {"negative_slope": (settings["lower"] + settings["upper"]) / 2}
+    if name == "leaky_relu" and ("lower" in settings or name_of(activation).startswith("rrelu")):
+        lower, upper = settings.get("lower", 1 / 8), settings.get("upper", 1 / 3)  # PyTorch's defaults
+        settings = {"negative_slope": (lower + upper) / 2}  # the mean slope
     given = {key: settings[key] for key in get_surrogate(name).parameters if key in settings}
     return get_surrogate(name, **given)
 
@@ -134,6 +140,18 @@ class Place:
     owner: nn.Module
     key: str | torch.fx.Node
 
+    def arguments(self) -> dict[str, Any]:
+        """What else than x the activation is called with, by name, at a node of a graph."""
+        if not isinstance(self.key, torch.fx.Node) or self.activation in SUGAR_OPERATORS:
+            return {}
+        names = _ARGUMENTS.get(name_of(self.activation).rstrip("_"), ("inplace",))
+        return {**dict(zip(names, self.key.args[1:], strict=False)), **self.key.kwargs}
+
+    def with_arguments(self) -> Any:
+        """The activation, as a partial where a graph calls a function with further arguments."""
+        given = {} if self.activation in _METHODS else self.arguments()
+        return functools.partial(self.activation, **given) if given else self.activation
+
     def settings(self) -> tuple[str, list[float], str] | None:
         """Surrogate, parameter values and formula if SUGAR is here already."""
         if isinstance(self.activation, SUGAR):
@@ -149,9 +167,7 @@ def is_in_place(place: Place) -> bool:
     if isinstance(place.activation, nn.Module):
         return bool(getattr(place.activation, "inplace", False) or getattr(place.activation, "overwrites", False))
     if isinstance(place.key, torch.fx.Node):
-        named = place.key.kwargs.get("inplace", False)
-        second = place.key.args[1] if len(place.key.args) > 1 and _unwrapped(place.activation) is F.relu else False
-        return bool(named or second or name_of(place.activation).endswith("_"))
+        return bool(place.arguments().get("inplace", False) or name_of(place.activation).endswith("_"))
     return name_of(place.activation).endswith("_")
 
 

@@ -130,7 +130,7 @@ def _sugarize(
     choose = {}
     for place in places:
         if (resolved := resolve_surrogate(surrogate, parameters, place.name)) is not None:
-            choose[place] = resolved(place.activation)
+            choose[place] = resolved(place.with_arguments())
     left = find_leftovers(model, types)
     if not choose:
         what = "no hidden activation is in it" if filter_fn is None else "the filter leaves none, or none is there"

@@ -631,7 +631,9 @@ def test_same_keeps_the_derivative_of_what_it_replaces(
     assert settings(model) == {"0": (expected[0], pytest.approx(expected[1]))}
 
 
-@pytest.mark.parametrize("activation", [F.gelu, functools.partial(F.leaky_relu, negative_slope=0.3), F.silu, F.elu])
+@pytest.mark.parametrize(
+    "activation", [F.gelu, functools.partial(F.leaky_relu, negative_slope=0.3), F.silu, F.elu, F.rrelu]
+)
 def test_same_keeps_the_gradient_of_a_smooth_function(activation: Callable[..., Tensor]) -> None:
     model, x = net(activation), torch.linspace(-3, 3, 14, dtype=torch.float64, requires_grad=True)
     (expected,) = torch.autograd.grad(activation(x).sum(), x)
@@ -645,6 +647,44 @@ def test_same_reaches_calls_in_a_graph() -> None:
     sugarize(traced, "same")
     kinds = [module.surrogate for module in traced.modules() if isinstance(module, SUGAR)]
     assert sorted(kinds) == ["gelu", "relu", "relu", "relu", "relu", "silu"]
+
+
+FUNCTION_CALLS: dict[str, Callable[[Tensor], Tensor]] = {
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
+    "leaky_relu_": lambda x: F.leaky_relu_(x, 0.2),
+    "elu": lambda x: F.elu(x, alpha=0.5),
+    "rrelu": F.rrelu,
+    "torch.rrelu": lambda x: torch.rrelu(x, 0.1, 0.3),
+    "relu": lambda x: F.relu(x, True),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTION_CALLS)
+@pytest.mark.parametrize("by_name", [True, False])
+def test_same_takes_the_arguments_of_calls_in_a_graph(name: str, by_name: bool) -> None:
+    class Call(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return FUNCTION_CALLS[name](x * 1)
+
+    x = torch.linspace(-3, 3, 14, dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(Call()(x).sum(), x)
+    traced = torch.fx.symbolic_trace(Call())
+    if not by_name:  # as dynamo's graphs have them
+        for node in traced.graph.nodes:
+            node.args, node.kwargs = (*node.args, *node.kwargs.values()), {}
+    (grad,) = torch.autograd.grad(sugarize(traced, "same")(x).sum(), x)
+    torch.testing.assert_close(grad, expected)
+
+
+@pytest.mark.parametrize("name", ["silu", "leaky_relu", "rrelu"])
+def test_a_call_in_a_graph_is_in_place_by_position_too(name: str) -> None:
+    before = {"silu": (), "leaky_relu": (0.2,), "rrelu": (0.1, 0.3, False)}[name]
+    graph = torch.fx.Graph()
+    x = graph.call_function(torch.neg, (graph.placeholder("x"),))
+    y = graph.call_function(getattr(F, name), (x, *before, True))
+    graph.output(graph.call_function(torch.add, (x, y)))
+    data = torch.randn(8)
+    assert torch.equal(sugarize(torch.fx.GraphModule({}, graph))(data), 2 * F.relu(-data))
 
 
 # --- undo, exchange, list
