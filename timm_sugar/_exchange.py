@@ -11,6 +11,7 @@ from torch import nn
 
 from timm_sugar._places import Place, find_places, is_in_place
 from timm_sugar.activation import SUGAR
+from timm_sugar.surrogate import get_surrogate, list_surrogates
 
 New = nn.Module | Callable[..., Any]
 # How the configs of transformers name activations that `sugarize` replaces, also behind "gated-".
@@ -75,6 +76,8 @@ class Change:
                 "inplace",
                 *getattr(old, "__constants__", ()),
                 *(vars(SUGAR()) if isinstance(old, SUGAR) else ()),
+                # A type of one's own may call its parameter alpha, too; as an attribute it would hide SUGAR's.
+                *(key for name in list_surrogates() for key in get_surrogate(name).parameters),
             }
             carried = {k: v for k, v in vars(old).items() if "hook" in k or not (k in vars(new) or k in settings)}
             vars(new).update(carried)

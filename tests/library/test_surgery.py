@@ -848,6 +848,27 @@ def test_attributes_of_an_activation_carry_over_and_a_wrapped_forward_is_refused
     assert type(wrapped[0]) is nn.GELU
 
 
+def test_a_parameter_of_a_type_of_ones_own_does_not_hide_the_surrogates() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.alpha, self.negative_slope, self.note = 0.3, 0.1, "mine"
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.elu(x, self.alpha)
+
+    model = sugarize(nn.Sequential(Own()), types=[Own])
+    assert (model[0].alpha, model[0].note) == (1.67, "mine")
+    model[0].alpha = 0.5
+    x = torch.linspace(-3, 3, 14, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(model(x).sum(), x)
+    torch.testing.assert_close(grad, slope(x, "bsilu", alpha=0.5))
+    model[0].set_surrogate("leaky_relu", negative_slope=0.2)
+    model[0].negative_slope = 0.4
+    (grad,) = torch.autograd.grad(model(x).sum(), x)
+    torch.testing.assert_close(grad, slope(x, "leaky_relu", negative_slope=0.4))
+
+
 CALLS = [
     *[
         (F.leaky_relu, (), {"negative_slope": 0.2}),
