@@ -41,8 +41,10 @@ Setting = tuple[Surrogate | None, list[float]]  # None for ReLU's own derivative
 
 def _gradient(ctx: Any, direction: Tensor) -> Tensor:
     """direction * derivative at the saved x: the surrogate's, or ReLU's own for None."""
-    (x,) = ctx.saved_tensors
-    surrogate, values = ctx.setting
+    return _times_slope(direction, ctx.saved_tensors[0], *ctx.setting)
+
+
+def _times_slope(direction: Tensor, x: Tensor, surrogate: Surrogate | None, values: list[Any]) -> Tensor:
     if surrogate is None:
         return torch.where(x <= 0, 0.0, direction)  # as F.relu: 0 at 0, also of infinity; NaN in x lets all through
     return times_derivative(direction, x, surrogate, values)
@@ -109,9 +111,10 @@ class _OperatorFunction(_torch.SingleLevelFunction or torch.autograd.Function): 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: None) -> Tensor:
         if _torch.can_nest and _torch.in_transform():
-            # PyTorch has switched forward mode off, for the levels below, too, which are to differentiate this.
-            with _torch.one_level_down(torch.is_grad_enabled()):
-                return _gradient(ctx, tangent)
+            # PyTorch has switched forward mode off, for the levels below, too, which are to differentiate this. So is
+            # reverse mode at this level, if the tangent is one of a dual number.
+            with _torch.forward_mode():
+                return _times_slope(tangent, _torch.primal(ctx.saved_tensors[0]), *ctx.setting)
         return _gradient(ctx, tangent)
 
 

@@ -64,7 +64,11 @@ _allow_single_level = _find("_functorch.utils.enable_single_level_autograd_funct
 _in_transform = _find("_C._are_functorch_transforms_active", loss=_TRANSFORMS)
 _below_autograd = _find("_C._AutoDispatchBelowAutograd", loss=_TRANSFORMS)
 _set_forward_mode = _find("autograd.forward_ad._set_fwd_grad_enabled", loss=_TRANSFORMS)
-can_nest = None not in (*(SingleLevelFunction, _allow_single_level, _in_transform, _below_autograd, _set_forward_mode),)
+# torch 2.6 to 2.14. The public function asks for a level in Python, which a graph that was compiled doesn't open.
+_unpack_dual = _find("_VF._unpack_dual", loss=_TRANSFORMS)
+can_nest = None not in (
+    *(SingleLevelFunction, _allow_single_level, _in_transform, _below_autograd, _set_forward_mode, _unpack_dual),
+)
 
 # torch 2.6 to 2.14. Without it, forward mode is looked for by unpacking each tensor.
 _has_forward_level = _find("autograd.forward_ad._current_level", loss="speed where gradients are off") is not None
@@ -250,6 +254,17 @@ def one_level_down(grad_mode: bool) -> Iterator[None]:
     """
     with _below_autograd(), torch.set_grad_enabled(grad_mode), _set_forward_mode(True):
         yield
+
+
+def forward_mode() -> Any:
+    """A context in which forward mode is on, at all levels of torch.func."""
+    return _set_forward_mode(True)
+
+
+def primal(x: Tensor) -> Tensor:
+    """x without its tangent at the current level of torch.func."""
+    found: Tensor = _unpack_dual(x, level=0)[0]  # PyTorch has no other level
+    return found
 
 
 def is_ordinary_memory(*tensors: Tensor) -> bool:

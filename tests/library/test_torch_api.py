@@ -146,6 +146,7 @@ TRANSFORMS = {
     "_C._are_functorch_transforms_active",
     "_C._AutoDispatchBelowAutograd",
     "autograd.forward_ad._set_fwd_grad_enabled",
+    "_VF._unpack_dual",
 }
 
 

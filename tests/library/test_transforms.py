@@ -112,6 +112,9 @@ def func_grad_of_a_dual(f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 TRANSFORMS: dict[str, Case] = {
     "grad": lambda f, x: func.grad(f)(x),
+    "func_grad_through_a_dual": lambda f, x: func.grad(lambda t: dual(f, t))(x),
+    "jacrev_of_vmap_through_a_dual": lambda f, x: func.jacrev(lambda t: dual(func.vmap(f), torch.stack([t, 2 * t])))(x),
+    "grad_of_grad_through_a_dual": lambda f, x: func.grad(func.grad(lambda s: dual(f, s * x)))(x[0]),
     "hessian": lambda f, x: func.hessian(f)(x),
     "jacrev_of_grad": lambda f, x: func.jacrev(func.grad(f))(x),
     "jacfwd_of_grad": lambda f, x: func.jacfwd(func.grad(f))(x),
