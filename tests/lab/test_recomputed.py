@@ -14,7 +14,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.weightstats import DescrStatsW
 
 ROOT = Path(__file__).resolve().parents[2]
-CELL = re.compile(r"`([^`]+)` ([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\]")
+CELL = re.compile(r"(\*\*)?`([^`]+)` ([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\]")
 
 
 def tops(name: str) -> dict[str, dict[str, float]]:
@@ -37,20 +37,20 @@ def test_overview_is_that_of_other_code() -> None:
     lines = text.split("<!-- evidence -->")[1].split("<!-- /evidence -->")[0].strip().splitlines()[2:]
     named, p_values, shown = titles(), [], []
     for line in lines:
-        title, _, n, baseline, *columns = (cell.strip() for cell in line.strip("|").split("|"))
+        title, _, n, baseline, differences = (cell.strip() for cell in line.strip("|").split("|"))
         title = re.sub(r"\[(.*)\]\(.*\)", r"\1", title)
         top = tops(named[title])
         name, mean = re.match(r"`([^`]+)` ([\d.]+)", baseline).groups()  # type: ignore[union-attr]
         assert (len(top[name]), np.mean(list(top[name].values()))) == (int(n), pytest.approx(float(mean), abs=0.0051))
-        cells = [(cell, i == 0) for i, column in enumerate(columns) for cell in CELL.findall(column)]
-        assert cells, f"no difference was read in: {line}"
-        for (variant, *numbers), is_shown in cells:
+        cells = CELL.findall(differences)
+        assert len(cells) == differences.count("[")
+        for bold, variant, *numbers in cells:
             pairs = [top[variant][seed] - top[name][seed] for seed in top[variant] if seed in top[name]]
             found = DescrStatsW(pairs)
             expected = [found.mean, *found.tconfint_mean(0.05)]
             assert [float(number) for number in numbers] == pytest.approx(expected, abs=0.0051), (title, variant)
             p_values.append(found.ttest_mean(0)[1])
-            shown.append(is_shown)
+            shown.append(bool(bold))
     survive = multipletests(np.nan_to_num(p_values, nan=1.0), 0.05, "holm")[0]
     assert len(lines) >= 8
     assert list(survive) == shown

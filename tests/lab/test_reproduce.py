@@ -121,8 +121,8 @@ def test_overview_tells_differences_that_are_shown_from_the_others(tmp_path: Pat
         write_rows(tmp_path / f"{name}.csv", rows_of(ran), COLUMNS)
     assert evidence.overview(tmp_path).splitlines()[2:] == [
         f"| [{load_table('tabular').title}](results/tabular.md) | one for all | 2 | `relu` 15.00 ± 7.07 "
-        "| `sugar-bsilu` +2.05 [+1.41, +2.69]"
-        "<br>`sugar-nelu` -2.95 [-3.59, -2.31] | `gelu` +0.25 [-15.63, +16.13] |"
+        "| `gelu` +0.25 [-15.63, +16.13]<br>**`sugar-bsilu` +2.05 [+1.41, +2.69]**"
+        "<br>**`sugar-nelu` -2.95 [-3.59, -2.31]** |"
     ]
 
 

@@ -40,8 +40,7 @@ paired t-tests at the margin.
 """
 COLUMNS = ("variant", "n", "top-1 (%)", "minus `{}` (points)", "minus the activation itself (points)", "training loss",
            "dead units (%)", "zeros (%)")  # fmt: skip
-OVERVIEW = ("experiment", "learning rate", "seeds", "baseline, top-1 (%)", "difference in top-1",
-            "no difference shown")  # fmt: skip
+OVERVIEW = ("experiment", "learning rate", "seeds", "baseline, top-1 (%)", "difference in top-1 (bold: shown)")
 INDEX = ("table", "learning rate", "final runs")
 
 # Folders of results/ that scripts/diagnose.py wrote: heading, and the options that make them again.
@@ -154,7 +153,7 @@ def sentence(rows: Rows, pairs: dict[str, str], what: str, other: str, column: s
 def overview(results: Path) -> str:
     """A line in Markdown for each table that has run with several seeds: how its variants differ from the baseline.
 
-    Paired differences in points of top-1 with their 95 % intervals, as in results/README.md. A difference is shown if
+    Paired differences in points of top-1 with their 95 % intervals, as in results/README.md. One is shown, in bold, if
     it survives Holm's correction over all differences of the overview. Links are those of a page of docs/.
     """
     ran = {table.name: (table, final_rows(load_rows(table, results))) for table in map(load_table, list_tables())}
@@ -170,13 +169,11 @@ def overview(results: Path) -> str:
     for name, (table, rows) in ran.items():
         own = {variant: p for (other, variant), p in p_of.items() if other == name}
         if own:
-            cells = [f"`{variant}` {interval(difference(rows, variant, table.baseline))}" for variant in own]
-            columns = ([cell for cell, p in zip(cells, own.values(), strict=True) if (p < 0.05) == yes]
-                       for yes in (True, False))  # fmt: skip
+            found = {variant: f"`{variant}` {interval(difference(rows, variant, table.baseline))}" for variant in own}
+            differences = "<br>".join(f"**{text}**" if own[variant] < 0.05 else text for variant, text in found.items())
             start, rates = level(rows, table.baseline), "each its own" if table.tune else "one for all"
             baseline = f"`{table.baseline}` {mean_and_spread(start)}"
-            link = f"[{table.title}](results/{name}.md)"
-            lines.append([link, rates, str(start.n), baseline, *map("<br>".join, columns)])
+            lines.append([f"[{table.title}](results/{name}.md)", rates, str(start.n), baseline, differences])
     return markdown_table(OVERVIEW, lines) if lines else "None yet."
 
 
