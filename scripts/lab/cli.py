@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import importlib
 import io
 import math
@@ -25,6 +26,8 @@ _MISTAKES = (
     *(RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError),
     *(EOFError, pickle.UnpicklingError, SafetensorError, yaml.YAMLError, ArithmeticError, MemoryError),
 )
+
+_NO_MORE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what a stdout that takes no more gives
 
 
 class UserError(Exception):
@@ -59,16 +62,31 @@ class Parser(argparse.ArgumentParser):
         last = (str(message).strip().splitlines() or [""])[-1]
         self.exit(2, f"{self.prog}: error: {last.removeprefix('lab.training.data.DataError: ')}\n")
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Exit; if what --help printed can't be written, with status 2 and a line that says so."""
+        try:
+            _flush()
+        except OSError as failure:
+            _mute()
+            if not message:
+                status, message = 2, f"{self.prog}: error: can't write: {failure.strerror}\n"
+        super().exit(status, message)
+
     def run(self, do: Callable[[argparse.Namespace], object], argv: Sequence[str] | None) -> int:
         """Parse `argv` (None: the command line) and call `do(options)`; a UserError becomes an `error`.
 
-        Returns the exit status: 0, or 130 after Ctrl-C.
+        So does a stdout that is full, or that nobody reads. Returns the exit status: 0, or 130 after Ctrl-C.
         """
         args = self.parse_args(argv)
         try:
             do(args)
+            _flush()
         except UserError as error:
             self.error(str(error))
+        except OSError as error:
+            if error.errno not in _NO_MORE:
+                raise
+            self.error(f"can't write: {error.strerror}")
         except KeyboardInterrupt:
             return 130
         return 0
@@ -115,7 +133,17 @@ def say(line: str) -> None:
     try:
         print(line, flush=True)
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is printed, and flushed, later
+        _mute()
+
+
+def _flush() -> None:
+    if sys.stdout:  # None where it was closed
+        sys.stdout.flush()
+
+
+def _mute() -> None:
+    """Let what is printed, and flushed, later go nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class KeyValues(ParseKwargs):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import csv
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -145,3 +148,16 @@ def test_an_unknown_key_is_answered_with_the_nearest(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("weight_decy: 1\n")
     with pytest.raises(UserError, match="did you mean 'weight_decay'"):
         yaml_options(tmp_path / "a.yaml", build_parser())
+
+
+@pytest.mark.parametrize(("word", "unbuffered"), [("--help", ""), ("", "1")])
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="a device of Linux")
+def test_a_stdout_that_takes_no_more_is_one_line_of_every_script(word: str, unbuffered: str) -> None:
+    code = f"from lab.cli import Parser; Parser('x.py').run(lambda _: print('result'), {word.split()})"
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS), "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(
+            command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=200
+        )
+    assert (done.returncode, done.stderr) == (2, "x.py: error: can't write: No space left on device\n")
