@@ -183,9 +183,14 @@ def choose_device(name: str | None) -> str:
     return name
 
 
+def as_option(key: str) -> str:
+    """The option of a setting."""
+    return "--" + key.replace("_", "-")
+
+
 def as_options(key: str, value: Any) -> list[str]:
     """A setting as it stands on the command line; True is a flag, a dictionary `name=value ...`."""
-    option = "--" + key.replace("_", "-")
+    option = as_option(key)
     if value is True:
         return [option]
     if isinstance(value, dict):

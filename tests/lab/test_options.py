@@ -33,7 +33,8 @@ REFUSED = """
 --head-init-scale nan|--opt-eps -1|--opt-betas 2|--num-classes 0|--img-size 0|--train-num-samples 0
 --model-kwargs in_chans=5|--model-kwargs drop_rate=5|--aa rand-m9-p5|--aa rand-tnope|--aa rand-m9-inc7|--aa rand-n0
 --aa rand-n99-tweights|--aa augmix-w0|--aa augmix-a0|--aa augmix-d0|--aa original-mstdx|--aa v0-m9
---aa rand-m9-mstd1.2.3
+--aa rand-m9-mstd1.2.3|--clip-mode agc|--model-ema-decay 0.99|--model-ema-warmup|--remode rand
+--recount 2|--bce-target-thresh 0.2|--layer-decay-min-scale 0.1|--pretrained-path x
 """
 CASES = REFUSED.replace("\n", "|").strip("|").split("|")
 
@@ -56,6 +57,12 @@ def test_yaml_has_the_same_ranges(words: str, tmp_path: Path, capsys: pytest.Cap
     argv = [*rest, "-c", str(tmp_path / "bad.yaml")]
     argv += [] if option == "device" else CPU
     assert f"--{option}" in error_line(load_script("train").main, argv, capsys)
+
+
+@pytest.mark.parametrize("words", ["--aa 3a --hflip 0", "--aa= --hflip 0.5"])
+def test_what_no_aug_turns_off_is_one_line(words: str, caplog: pytest.LogCaptureFixture) -> None:
+    parse_args([*CPU, "--no-aug", *words.split()])
+    assert caplog.messages == (["--no-aug: no effect of --hflip, --aa"] if "3a" in words else [])
 
 
 @pytest.mark.parametrize("name", sorted(DEFAULTS.keys() - {"config", "resume"}))

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from lab.cli import Parser, UserError, choose_device, yaml_options
+from lab.cli import Parser, UserError, as_option, choose_device, yaml_options
 from lab.training.groups import CHANNELS, add_groups
+
+_logger = logging.getLogger(__name__)
+_NEEDS = {  # an option by the one without which it has no effect
+    **dict.fromkeys(("model_ema_decay", "model_ema_warmup"), "model_ema"),
+    **dict.fromkeys(("remode", "recount"), "reprob"),
+    **{"pretrained_path": "pretrained", "clip_mode": "clip_grad"},
+    **{"bce_target_thresh": "bce_loss", "layer_decay_min_scale": "layer_decay"},
+}
+_AUGMENTATION = (  # what --no-aug turns off
+    *("train_crop_mode", "scale", "ratio", "hflip", "vflip", "color_jitter", "aa", "train_interpolation"),
+    *("reprob", "remode", "recount"),
+)
 
 
 def build_parser(description: str = "", prog: str = "train.py") -> Parser:
@@ -35,6 +48,7 @@ def parse_args(argv: Sequence[str], parser: Parser | None = None) -> tuple[argpa
     saved = folder_of(resume) / "args.yaml" if resume else None
     before = yaml_options(saved, parser) if saved and saved.exists() else []
     args = parser.parse_args([*before, *own, *argv])
+    check_effects(parser, parser.parse_args([*own, *argv]), args)
     if resume:
         parser.set_defaults(output="", experiment="")
         name_folder(args, parser.parse_args([*own, *argv]), resume)
@@ -73,10 +87,22 @@ def name_folder(args: argparse.Namespace, asked: argparse.Namespace, resume: Pat
     args.output, args.experiment = asked.output or str(folder.parent), asked.experiment or folder.name
 
 
+def check_effects(parser: Parser, asked: argparse.Namespace, args: argparse.Namespace) -> None:
+    """Raises UserError for an option that has no effect without another; warns of what --no-aug turns off.
+
+    `asked` are the options but for those that a resumed run was begun with.
+    """
+    given = [name for name, value in vars(asked).items() if (value or None) != (parser.get_default(name) or None)]
+    for name in given:
+        if name in _NEEDS and not getattr(args, _NEEDS[name]):
+            raise UserError(f"{as_option(name)} has no effect without {as_option(_NEEDS[name])}")
+    unused = [as_option(name) for name in given if name in _AUGMENTATION]
+    if args.no_aug and unused:
+        _logger.warning("--no-aug: no effect of %s", ", ".join(unused))
+
+
 def check_options(args: argparse.Namespace) -> None:
     """Raises UserError for options that contradict each other or the machine; chooses the device."""
-    if args.pretrained_path and not args.pretrained:
-        raise UserError("--pretrained-path has no effect without --pretrained")
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         raise UserError(f"--mixup and --cutmix need an even --batch-size, not {args.batch_size}")
     if args.torchcompile_mode and args.torchcompile != "inductor":
