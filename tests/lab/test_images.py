@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from lab.training.data import DataError, check_classes, open_dataset, read_image
+from lab.training.data import DataError, check_classes, class_to_idx, open_dataset, read_image
 from PIL import Image
 from scripting import TINY, error_line, load_script, make_images
 
@@ -198,3 +198,19 @@ def test_an_image_that_can_be_read_but_not_prepared_is_named(tmp_path: Path) -> 
     dataset.transform = lambda image: image.nothing
     with pytest.raises(DataError, match=r"can't prepare image .*/train/cat/\d.png: 'Image' object has no"):
         dataset[0]
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "../../validation/cat"])
+def test_a_link_that_leads_back_is_named(target: str, tmp_path: Path) -> None:
+    images = make_images(tmp_path / "data")
+    (images / "train" / "cat" / "round").symlink_to(target)
+    (images / "validation" / "cat" / "back").symlink_to("../../train/cat")
+    with pytest.raises(DataError, match=r"round.* leads back to a folder that it is in"):
+        open_dataset("", str(images), "train")
+
+
+def test_links_that_lead_elsewhere_are_followed(tmp_path: Path) -> None:
+    images = make_images(tmp_path / "data")
+    (images / "train" / "owl").rename(tmp_path / "store")
+    (images / "train" / "owl").symlink_to(tmp_path / "store")
+    assert class_to_idx(open_dataset("", str(images), "train")) == {"cat": 0, "dog": 1, "owl": 2}

@@ -115,6 +115,18 @@ def _check_folder(root: str | None, split: str) -> None:
             raise DataError(f"data folder {root} has no split {split!r} (it has: {', '.join(others)})")
     if path.is_dir() and not any(split_folder(path, split).rglob("*.*")):
         raise DataError(f"data folder {split_folder(path, split)} is empty")
+    _check_links(split_folder(path, split))
+
+
+def _check_links(folder: Path) -> None:
+    """Raises DataError for a link that leads back to where it is: timm would follow it round and round."""
+    known: dict[Path, tuple[int, int]] = {}
+    for name, _, _ in os.walk(folder, followlinks=True):
+        path = Path(name)
+        info = path.stat()
+        known[path] = info.st_dev, info.st_ino
+        if any(known.get(parent) == known[path] for parent in path.parents):
+            raise DataError(f"{path} leads back to a folder that it is in: remove this link")
 
 
 def _check_class_folders(dataset: Any) -> None:
