@@ -279,3 +279,24 @@ def test_what_read_checkpoint_gives_is_what_was_saved(begun: Path) -> None:
     with torch.serialization.safe_globals([argparse.Namespace]):
         raw = torch.load(begun / "last.pth.tar", weights_only=True)
     assert all(torch.equal(weight, raw["state_dict"][name]) for name, weight in state["state_dict"].items())
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.complex64])
+@pytest.mark.parametrize("part", ["state_dict", "state_dict_ema"])
+def test_numbers_of_another_kind_are_one_line(
+    moved: Path, dtype: torch.dtype, part: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a checkpoint without a digest, which torch would cast in silence."""
+    state = load_file(moved / "last.pth.tar")
+    del state["saver"]["sha256"]
+    state["state_dict_ema"] = dict(state["state_dict"])
+    name = next(iter(state[part]))
+    state[part][name] = state[part][name].to(dtype)
+    torch.save(state, other := moved / "last.pth.tar")
+    for script, *argv in (
+        ("train", "--resume", str(moved), "--epochs", "2", "--model-ema"),
+        ("train", "--config", str(moved / "args.yaml"), "--initial-checkpoint", str(other)),
+        ("evaluate", "--checkpoint", str(other), "--device", "cpu", *(["--no-ema"] if part == "state_dict" else [])),
+    ):
+        if (script, argv[0], part) != ("train", "--config", "state_dict"):  # timm takes the average
+            assert f"{name} is {dtype}, not torch.float32" in error_line(load_script(script).main, argv, capsys)

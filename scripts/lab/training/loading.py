@@ -19,7 +19,7 @@ from lab.cli import KeyValues, Parser, UserError, as_options, choose_device, exp
 from lab.training.data import RandomPart, check_classes, open_dataset
 from lab.training.groups import add_images, n
 from lab.training.options import check_channels
-from lab.training.runs import DAMAGE, load_file
+from lab.training.runs import DAMAGE, check_numbers, load_file
 from lab.training.setup import check_outputs
 
 # What a training run says about its model and data, and its user needs to know.
@@ -155,7 +155,9 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, str]:
     if weights is None:
         return model, f"published weights of {args.model}"
     with explained(f"{source} doesn't fit model {args.model}", *DAMAGE):
-        model.load_state_dict(clean_state_dict(weights))
+        weights = clean_state_dict(weights)
+        check_numbers(weights, model)
+        model.load_state_dict(weights)
     return model, source
 
 

@@ -14,12 +14,20 @@ import torch
 from timm.data import resolve_data_config
 from timm.models import clean_state_dict, safe_model_name
 from timm.task import ClassificationTask
-from timm.utils import NativeScaler, init_distributed_device
+from timm.utils import NativeScaler, init_distributed_device, unwrap_model
 
 import timm_sugar  # noqa: F401  registers the models
 from lab.cli import UserError, explained
 from lab.training.folder import RunFolder
-from lab.training.runs import DAMAGE, check_unchanged, find_checkpoint, is_saved, measure, read_checkpoint
+from lab.training.runs import (
+    DAMAGE,
+    check_numbers,
+    check_unchanged,
+    find_checkpoint,
+    is_saved,
+    measure,
+    read_checkpoint,
+)
 from lab.training.seal import SealedSaver
 from lab.training.setup import build_loaders, build_model, build_optimizer, check_outputs, choose_rate, load_optimizer
 from lab.training.surrogates import build_surrogate_schedules, values_in_force
@@ -131,10 +139,11 @@ class Prepared:
         state = read_checkpoint(path, self.args.model)
         check_unchanged(state, self.args, path, Path(self.args.output, self.args.experiment))
         with explained(f"checkpoint {path} doesn't fit model {self.args.model} with these options", *DAMAGE):
-            self.task.load_checkpoint_state(clean_state_dict(state["state_dict"]))
-            if self.task.has_ema():
-                ema = state.get("state_dict_ema", state["state_dict"])
-                self.task.load_checkpoint_state(clean_state_dict(ema), ema=True)
+            for ema in (False, True) if self.task.has_ema() else (False,):
+                weights = state.get("state_dict_ema", state["state_dict"]) if ema else state["state_dict"]
+                weights = clean_state_dict(weights)
+                check_numbers(weights, unwrap_model(self.task.get_trainable_module(ema=ema)))
+                self.task.load_checkpoint_state(weights, ema=ema)
             load_optimizer(self.optimizer, state["optimizer"], scheduled=self.scheduler is not None)
             if self.scaler and self.scaler.state_dict_key in state:
                 self.scaler.load_state_dict(state[self.scaler.state_dict_key])

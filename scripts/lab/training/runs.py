@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from lab.cli import UserError, explained
 from lab.files import read_rows, save_figure, write_atomically
@@ -82,6 +83,13 @@ def read_checkpoint(path: Path, model: str | None) -> dict[str, Any]:
     if model and state.get("arch", model).split(".")[0] != model.split(".")[0]:
         raise UserError(f"{path} is a checkpoint of {state['arch']}, not of {model}")
     return state
+
+
+def check_numbers(weights: dict[str, Any], model: nn.Module) -> None:
+    """Raises ValueError for weights that are whole or complex numbers where the model has real ones, or vice versa."""
+    for name, own in model.state_dict().items():
+        if name in weights and weights[name].is_floating_point() != own.is_floating_point():
+            raise ValueError(f"{name} is {weights[name].dtype}, not {own.dtype}")
 
 
 def check_unchanged(state: dict[str, Any], args: argparse.Namespace, path: Path, folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from timm.data import FastCollateMixup, create_loader
-from timm.models import create_model, resolve_model_input_args
+from timm.models import create_model, load_checkpoint, load_state_dict, resolve_model_input_args
 from timm.optim import create_optimizer_v2, get_optimizer_class, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.utils import random_seed
@@ -18,7 +18,9 @@ from torch import nn
 
 from lab.cli import UserError, explained
 from lab.training.data import DataError, check_apart, check_classes, open_dataset
-from lab.training.runs import DAMAGE, load_file
+from lab.training.runs import DAMAGE, check_numbers, load_file
+
+_OF_NUMPY = (".npz", ".npy")
 
 
 def build_model(args: argparse.Namespace) -> nn.Module:
@@ -38,7 +40,11 @@ def build_model(args: argparse.Namespace) -> nn.Module:
         check_file(f"--{option.replace('_', '-')}", getattr(args, option))
     with explained(f"can't create model {args.model}", *DAMAGE):
         kwargs = resolve_model_input_args(args.model, vars(args), **kwargs)
-        model: Any = create_model(pretrained=args.pretrained, checkpoint_path=args.initial_checkpoint, **kwargs)
+        model: Any = create_model(pretrained=args.pretrained, **kwargs)
+        if args.initial_checkpoint:
+            if not args.initial_checkpoint.endswith(_OF_NUMPY):
+                check_numbers(load_state_dict(args.initial_checkpoint), model)
+            load_checkpoint(model, args.initial_checkpoint)
         scale_head(model, args.head_init_scale, args.head_init_bias)
         if args.grad_checkpointing:
             model.set_grad_checkpointing(enable=True)
@@ -50,7 +56,7 @@ def check_file(option: str, name: str | None) -> None:
     """Raises UserError for a file of weights that isn't there or isn't whole; timm doesn't compare the SHA-256."""
     if name and not Path(name).is_file():
         raise UserError(f"{option} {name}: no such file")
-    if name and Path(name).suffix not in (".safetensors", ".npz", ".npy"):
+    if name and not name.endswith((".safetensors", *_OF_NUMPY)):
         with explained(f"{option} {name} is not a whole checkpoint", *DAMAGE):
             load_file(Path(name))
 
