@@ -14,12 +14,13 @@ and, with the packages of `pip install -e ".[deploy]"`, what int8 gives.
 from __future__ import annotations
 
 import importlib.util
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lab.cli import Parser
+from lab.cli import Parser, UserError
 from lab.training import options
 from lab.training.conversion import Conversion, add_options, parse_conversion
 from lab.training.run import run_command
@@ -44,15 +45,16 @@ class ConversionToInt8(Conversion):
             self.export(self.folder.path)
 
     def export(self, folder: Path) -> None:
-        """Write model-int8.onnx, calibrated on training images; prints its top-1 and latency."""
+        """Write model-int8.onnx, calibrated on training images; prints its top-1 and latency. Raises UserError."""
         data = Path(self.args.data_dir or "")
         command = ["--checkpoint", str(folder / "last.pth.tar"), "--format", "onnx-int8", "--data-dir", str(data)]
         command += ["--calibration", str(data), "--output", str(folder / "model-int8.onnx")]
         command += ["--workers", str(self.args.workers)]
         if not importlib.util.find_spec("onnxruntime"):
-            print('int8 needs `pip install -e ".[deploy]"`, then:', "python scripts/export.py", *command)
-        elif (data / "train").is_dir():
-            subprocess.run([sys.executable, EXPORT, *command], check=False)
+            print('int8 needs `pip install -e ".[deploy]"`, then:', "python scripts/export.py", shlex.join(command))
+        elif (data / "train").is_dir() and subprocess.run([sys.executable, EXPORT, *command], check=False).returncode:
+            again = f"python scripts/export.py {shlex.join(command)}"
+            raise UserError(f"{folder} is converted, but not to int8, see above; try again with: {again}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

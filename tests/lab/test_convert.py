@@ -213,6 +213,17 @@ def test_int8_of_the_converted_network_is_written_and_scored(
     assert "model-int8.onnx" in capfd.readouterr().out.split("top-1 of 12 images")[1]
 
 
+def test_a_failed_int8_export_is_a_failure_that_keeps_what_was_converted(
+    original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "export.py").write_text("raise SystemExit(3)")
+    monkeypatch.setattr(convert, "EXPORT", tmp_path / "export.py")
+    line = error_line(convert.main, options(original, tmp_path), capsys)
+    assert "converted, but not to int8, see above; try again with: python scripts/export.py --checkpoint" in line
+    assert (tmp_path / "converted" / "last.pth.tar").exists()
+
+
 @pytest.mark.slow
 def test_a_network_of_torchvision_becomes_an_int8_file_as_the_page_says(data: Path, tmp_path: Path) -> None:
     models = pytest.importorskip("torchvision").models
