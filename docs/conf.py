@@ -45,18 +45,19 @@ def escape_bars(app: object, what: str, name: str, obj: object, options: object,
 
 def show_results(app: Sphinx, page: str, source: list[str]) -> None:
     """Show the pages of results/ in the place of results.md and results/*.md, their links as they are from here."""
-    folder, _, name = f"/{page}".rpartition("/")
-    if page == "results" or folder == "/results":
-        index = page == "results"
-        path = Path(__file__).parents[1] / "results" / ("README.md" if index else f"{name}.md")
-        app.env.note_dependency(str(path))
-        text = path.read_text().replace("# Results", "# Every table", 1)
-        to_page = r"](results/\1)" if index else r"](\1)"
-        text = re.sub(r"\]\((?!README)(\w+\.md)\)", to_page, text).replace("](README.md)", "](../results.md)")
-        up = "../results/" if index else "../../results/"
-        text = re.sub(r"\]\((?!\.\./|https?:|#|[\w/]+\.md\))", f"]({up}", text)
-        source[0] = text if index else text.replace("](../scripts/", "](../../scripts/")
-        source[0] += "\n```{toctree}\n:glob:\n:hidden:\n\nresults/*\n```\n" if index else ""
+    if page != "results" and not page.startswith("results/"):
+        return
+    index, name = page == "results", page.removeprefix("results/")
+    path = Path(__file__).parents[1] / "results" / ("README.md" if index else f"{name}.md")
+    app.env.note_dependency(str(path))
+    text = path.read_text()
+    if index:
+        text = re.sub(r"\]\((\w+\.md)\)", r"](results/\1)", text.replace("# Results", "# Every table", 1))
+        text += "\n```{toctree}\n:glob:\n:hidden:\n\nresults/*\n```\n"
+    else:
+        text = text.replace("](README.md)", "](../results.md)").replace("](../scripts/", "](../../scripts/")
+        text = re.sub(r"\]\((?!\.\./|https?:|#)", "](../../results/", text)  # CSV files and pictures
+    source[0] = text
 
 
 def refuse_what_loads_from_elsewhere(app: Sphinx, error: Exception | None) -> None:
