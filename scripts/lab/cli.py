@@ -198,11 +198,22 @@ def as_options(key: str, value: Any) -> list[str]:
     return [option, *map(str, value)] if isinstance(value, (list, tuple)) else [f"{option}={value}"]
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML as safe_load reads it; raises YAMLError for a key that stands twice in one mapping."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping of a node."""
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"{twice[0]} stands there twice")
+        return super().construct_mapping(node, deep)
+
+
 def yaml_options(path: str | Path, parser: Parser) -> list[str]:
     """The keys and values of a YAML file as command line options, so that one parser checks both."""
     with explained(f"can't read {path}"):
         try:
-            values = yaml.safe_load(Path(path).read_text()) or {}
+            values = yaml.load(Path(path).read_text(), _UniqueKeys) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(error) from error
     known = {key: value for key, value in vars(parser.parse_args([])).items() if key not in ("config", "resume")}

@@ -258,6 +258,8 @@ WRONG = {
     "surrogate": (("--checkpoint", "{run}", "--surrogate", "nope"), "unknown surrogate 'nope'"),
     "weight": (("--checkpoint", "{run}", "--distill", "-1"), "expected 0 or more"),
     "temperature": (("--checkpoint", "{run}", "--temperature", "0"), "expected above 0"),
+    "no teacher": (("--checkpoint", "{run}", "--distill", "0", "--temperature", "2"), "no effect without --distill"),
+    "no blend": (("--checkpoint", "{run}", "--blend-order", "output"), "no effect without --blend-epochs"),
 }
 
 

@@ -490,6 +490,7 @@ def test_bad_option(
         ("epohcs: 3", "unknown key 'epohcs', did you mean 'epochs'?"),
         ("resume: x", "unknown key 'resume'"),
         ("epochs: [1, 2", "can't read"),
+        ("epochs: 3\nlr: 1\nepochs: 5", "epochs stands there twice"),
         ("- epochs", "expected 'option: value' lines"),
         ("epochs: many", "argument --epochs: expected a whole number, not 'many'"),
         ("amp: 3", "argument --amp: ignored explicit argument '3'"),

@@ -17,6 +17,7 @@ _NEEDS = {  # an option by the one without which it has no effect
     **dict.fromkeys(("remode", "recount"), "reprob"),
     **{"pretrained_path": "pretrained", "clip_mode": "clip_grad"},
     **{"bce_target_thresh": "bce_loss", "layer_decay_min_scale": "layer_decay"},
+    **{"blend_order": "blend_epochs", "temperature": "distill"},  # of scripts/convert.py
 }
 _AUGMENTATION = (  # what --no-aug turns off
     *("train_crop_mode", "scale", "ratio", "hflip", "vflip", "color_jitter", "aa", "train_interpolation"),
