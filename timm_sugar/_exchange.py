@@ -21,11 +21,14 @@ _NAMED_BY_CONFIGS = (
 )
 
 
-def one_new_for_each_old(places: list[Place], make: Callable[[Place], New]) -> dict[Place, New]:
+def one_new_for_each_old(
+    places: list[Place], make: Callable[[Place], New], setting: Callable[[Place], Any] = lambda place: None
+) -> dict[Place, New]:
+    """What `make` returns for each place: one instance where an old one is shared and its setting is the same."""
     made: dict[Any, New] = {}
     plan = {}
     for place in places:
-        old = place.activation if isinstance(place.activation, nn.Module) else place
+        old = place.activation if isinstance(place.activation, nn.Module) else place, setting(place)
         if old not in made:
             made[old] = make(place)
         plan[place] = made[old]

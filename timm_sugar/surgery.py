@@ -68,10 +68,11 @@ def sugarize(
 
     Replaced are ReLU, ReLU6, RReLU, LeakyReLU, ELU, SELU, CELU, GELU, SiLU/Swish, Mish, Hardswish and the variants of
     them in timm, transformers, efficientnet_pytorch and mmcv, be they modules, functions that a module keeps as an
-    attribute, or calls in a torch.fx graph. Shared instances stay shared; train mode, hooks and attributes carry over.
-    What is left because it can't be replaced where it sits is named in one warning; for a `forward` that calls
-    `F.relu` itself, sugarize `torch.fx.symbolic_trace(model)`. A second call with equal settings changes nothing.
-    A config of transformers whose activations are all replaced names ReLU from then on (`hidden_act` and the like).
+    attribute, or calls in a torch.fx graph. Shared instances stay shared, unless patterns tell their names apart; train
+    mode, hooks and attributes carry over. What is left because it can't be replaced where it sits is named in one
+    warning; for a `forward` that calls `F.relu` itself, sugarize `torch.fx.symbolic_trace(model)`. A second call with
+    equal settings changes nothing. A config of transformers whose activations are all replaced names ReLU from then on
+    (`hidden_act` and the like).
 
     Inside `with timm_sugar.relu_gradient():` the model has ReLU's own gradient, which attributions and adversarial
     attacks need.
@@ -331,7 +332,10 @@ def _relu_for(place: Place) -> New:
 
 
 def _plan(choose: dict[Place, Surrogate], save_memory: bool) -> dict[Place, New]:
-    """A new SUGAR for each place that has not just these settings already; one instance for each old instance."""
+    """A new SUGAR for each place that has not just these settings already.
+
+    One instance for each old instance, or several if the names under which it is shared have different settings.
+    """
     todo = {
         place: chosen
         for place, chosen in choose.items()
@@ -345,4 +349,7 @@ def _plan(choose: dict[Place, Surrogate], save_memory: bool) -> dict[Place, New]
         )
         return (FunctionalSUGAR if function else SUGAR)(False, surrogate=todo[place], save_memory=save_memory)
 
-    return one_new_for_each_old(list(todo), make)
+    def setting(place: Place) -> Any:
+        return todo[place].name, tuple(todo[place].values), todo[place].formula
+
+    return one_new_for_each_old(list(todo), make, setting)

@@ -597,6 +597,19 @@ def test_patterns_choose_by_name_and_the_first_match_wins() -> None:
     assert type(model["head"]) is nn.ReLU
 
 
+def test_an_instance_that_is_shared_under_two_patterns_has_the_surrogate_of_each() -> None:
+    act = nn.ReLU()
+    model = nn.ModuleDict({"early": nn.Sequential(act, act), "late": nn.Sequential(act), "last": nn.Sequential(act)})
+    patterns = {"late.*": get_surrogate("nelu", alpha=0.3), "last.*": get_surrogate("nelu", alpha=0.7), "*": "bsilu"}
+    x = torch.linspace(-3, 3, 20, dtype=torch.float64, requires_grad=True)
+    for _ in range(2):  # the second call changes nothing
+        sugarize(model, patterns)
+        assert model["early"][0] is model["early"][1]
+        for name, expected in (("late", slope(x, "nelu", alpha=0.3)), ("last", slope(x, "nelu", alpha=0.7))):
+            torch.testing.assert_close(torch.autograd.grad(model[name](x).sum(), x)[0], expected)
+        torch.testing.assert_close(torch.autograd.grad(model["early"][1](x).sum(), x)[0], slope(x, "bsilu"))
+
+
 @pytest.mark.parametrize(
     ("bad", "error", "message"),
     [
