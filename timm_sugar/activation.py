@@ -153,7 +153,8 @@ class SUGAR(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({"overwrites": False, "save_memory": False, "scope": None, "run_time": None, **state})
-        self.formula = get_surrogate(self.surrogate).formula  # today's, whatever it was when the module was pickled
+        # Today's, if none of this process was that of the module, as in a pickle of another version.
+        self.formula = known_surrogate(self.surrogate, state.get("formula", "")).formula
 
     def set_surrogate(self, surrogate: str | Surrogate | None = None, **parameters: float) -> None:
         """Exchange the surrogate, or values of its parameters, from the next forward pass on.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -118,6 +119,17 @@ def test_what_was_compiled_before_keeps_its_formula_too() -> None:
     register(new)
     for call in (module, compiled):
         torch.testing.assert_close(gradient(call), old(X, 2.0, 0.5))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_a_copy_has_the_formula_of_its_original(copied: Callable[[SUGAR], SUGAR]) -> None:
+    register(old)
+    module = SUGAR(surrogate="mine", a=3.0)
+    register(new)
+    copy_of_it = copied(module)
+    for _ in range(2):  # and a second time with a value that is set
+        torch.testing.assert_close(gradient(copy_of_it), old(X, copy_of_it.a, 0.5))
+        copy_of_it.a = 4.0
 
 
 def test_a_backward_pass_has_the_formula_of_its_forward_pass() -> None:
