@@ -227,8 +227,11 @@ def _check_derivative(surrogate: Surrogate) -> None:
         slope = surrogate.derivative(x, *surrogate.values)
         if slope.shape != x.shape or not slope.isfinite().all():
             raise ValueError(f"the derivative of surrogate {surrogate.name!r} must return one finite value per element")
-        if not torch.equal(x, _PROBE.to(x.dtype)):
-            raise ValueError(f"the derivative of surrogate {surrogate.name!r} must not change its input in place")
+        for values in _tried(surrogate.values):  # x.mul_(alpha) changes nothing at a default of 1
+            x = _PROBE.to(x.dtype, copy=True)
+            surrogate.derivative(x, *values)
+            if not torch.equal(x, _PROBE.to(x.dtype)):
+                raise ValueError(f"the derivative of surrogate {surrogate.name!r} must not change its input in place")
 
 
 def _check_primitive(surrogate: Surrogate) -> None:
@@ -248,13 +251,18 @@ def _check_primitive(surrogate: Surrogate) -> None:
         )
 
 
-def _fingerprint(derivative: Formula, values: list[float]) -> str:
-    """Hash of what a derivative returns, with default and other parameters: a new formula has a new fingerprint."""
-    digest = hashlib.sha256()
+def _tried(values: list[float]) -> list[list[float]]:
+    """Default values of the parameters, and others."""
     others = [[scale * (value or 1.0) for value in values] for scale in (0.1, 1.5, 10.0)]
     if len(values) > 1:  # each by itself, which tells apart two whose defaults are equal
         others += [[1.5 * (v or 1.0) if i == one else v for i, v in enumerate(values)] for one in range(len(values))]
-    for tried in (values, *others):
+    return [values, *others]
+
+
+def _fingerprint(derivative: Formula, values: list[float]) -> str:
+    """Hash of what a derivative returns, with default and other parameters: a new formula has a new fingerprint."""
+    digest = hashlib.sha256()
+    for tried in _tried(values):
         for x in (_PROBE.clone(), _PROBE.float()):
             digest.update(derivative(x, *tried).numpy().tobytes())
     return digest.hexdigest()[:12]

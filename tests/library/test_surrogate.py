@@ -406,6 +406,12 @@ def test_registering_a_derivative_that_changes_its_input_fails(slope_: Callable[
     assert list_surrogates() == NAMES
 
 
+def test_registering_a_derivative_that_changes_its_input_at_other_values_of_its_parameter_fails() -> None:
+    with pytest.raises(ValueError, match="'mine' must not change its input"):
+        register_surrogate("mine", derivative=lambda x, slope: torch.sigmoid(x.mul_(slope)), slope=1.0)
+    assert list_surrogates() == NAMES
+
+
 # --- the fingerprint that keeps compiler caches honest
 
 
