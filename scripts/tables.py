@@ -157,7 +157,7 @@ def costs_table(results: Path) -> str:
         rows = cost.of_default(read_rows(results / f"benchmark_{file}.csv"))
         row = next((row for row in rows if key.items() <= row.items()), None)
         if row:
-            what = f"{subject}, {row['batch_size']} × {row['img_size']} px: {cost.METRICS[metric]}, {mode}"
+            what = f"{subject}, {row['batch_size']} images of {row['img_size']} px: {cost.METRICS[metric]}, {mode}"
             body.append([what, cost.cell(row), cost.cell(row, "to_own")])
             where = f"{row['machine']} ({row['device']}, {row['threads']} cores), {row['dtype']}"
             versions = f"torch {row['torch']}, timm_sugar {row['timm_sugar']}"

@@ -465,7 +465,7 @@ def test_tables_show_ratios_slopes_and_each_machine(tmp_path: Path) -> None:
     assert "| eager, float32, 2^16 | 2.00 (2.00–3.50) |" in text
     assert "| eager, float32, 2^20 | 3.00 (2.50–4.00) |" in text
     assert text.count("| 7.00 |") == 2, "the forward pass alone stands in a table of its own"
-    assert "| net, 8 × 224 px | training step, compile | 2.00 | 1.50 | 0.75 |" in text
+    assert "| net, 8 images of 224 px | training step, compile | 2.00 | 1.50 | 0.75 |" in text
     slope = 1 + np.log(1.5) / np.log(16)
     ends = "2.00 (2.00–3.50) | 3.00 (2.50–4.00)"
     assert f"| elements; activation, eager, float32 | 65536 to 1048576 | 1.00 | {slope:.2f} | {ends} |" in text

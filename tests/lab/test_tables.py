@@ -65,7 +65,7 @@ def test_the_short_table_of_costs_takes_its_numbers_from_the_rows(tmp_path: Path
     other = row | {"surrogate": "surrogate='nelu', alpha=0.01", "to_relu": "9"}
     write_rows(tmp_path / "benchmark_model.csv", [other, row], COLUMNS)
     lines = tables.costs_table(tmp_path).splitlines()
-    assert lines[2:4] == ["| resnet18, 8 × 224 px: training step, eager | 1.50 (1.25–1.75) | 1.00 |", ""]
+    assert lines[2:4] == ["| resnet18, 8 images of 224 px: training step, eager | 1.50 (1.25–1.75) | 1.00 |", ""]
 
 
 def test_figures_of_acceptance_and_replay_are_counted_from_the_rows(tmp_path: Path) -> None:

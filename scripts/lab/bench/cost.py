@@ -176,7 +176,8 @@ def model_table(rows: list[Row]) -> str:
     for subject, batch, pixels, mode, metric in sorted(groups, key=lambda key: subjects.index(key[0])):
         by = {row["variant"]: row for row in groups[subject, batch, pixels, mode, metric]}
         cells = [cell(by.get(name), ratio) for name in variants for ratio in ("to_relu", "to_own")]
-        body.append([f"{subject}, {batch} × {pixels} px", f"{METRICS[metric]}, {mode}", cell(by.get(OWN)), *cells])
+        what = f"{subject}, {batch} images of {pixels} px"
+        body.append([what, f"{METRICS[metric]}, {mode}", cell(by.get(OWN)), *cells])
     return markdown_table(head, body)
 
 
