@@ -190,8 +190,8 @@ def test_an_interrupted_conversion_goes_on_as_if_it_had_not_been(
 def test_the_original_teaches_if_it_has_a_weight(original: Path, tmp_path: Path) -> None:
     """The loss is that of the labels, plus the weight times the Kullback-Leibler distance from the original."""
     runs = []
-    for weight in ("0", "0.5"):
-        words = options(original, tmp_path, "--distill", weight, "--temperature", "2", experiment=weight)
+    for words in (["--distill", "0"], ["--distill", "0.5", "--temperature", "2"]):
+        words = options(original, tmp_path, *words, experiment=words[1])
         runs.append(convert.Conversion(*parse_conversion(words, convert.build_parser())))
     x, y = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 0])
     with torch.no_grad():
