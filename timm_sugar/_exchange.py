@@ -125,17 +125,17 @@ def rename_in_configs(model: nn.Module, left: Collection[str], types: Collection
     A config stays as it is where an activation below the modules that hold it isn't SUGAR; `left` names those that
     `sugarize` can't replace.
     """
+    held = [(name, vars(module).get("config")) for name, module in model.named_modules()]
+    held = [(name, config) for name, config in held if hasattr(type(config), "save_pretrained")]
+    if not held:
+        return []
     kept = [*left, *(place.name for place in find_places(model, types) if place.settings() is None)]
-    configs, partial = {}, set()
-    for prefix, module in model.named_modules():
-        config = vars(module).get("config")
-        if hasattr(type(config), "save_pretrained"):
-            configs[id(config)] = config
-            if any(not prefix or f"{name}.".startswith(f"{prefix}.") for name in kept):
-                partial.add(id(config))
+    partial = {
+        id(config) for prefix, config in held if any(not prefix or f"{name}.".startswith(f"{prefix}.") for name in kept)
+    }
     return [
         Renamed(config, key, value)
-        for config in configs.values()
+        for config in {id(config): config for _, config in held}.values()
         if id(config) not in partial
         for key, value in list(vars(config).items())
         if ("act" in key or key in ("feed_forward_proj", "nonlinearity"))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lab.experiments import tuned
 from lab.experiments.markdown import interval, mean_and_spread
-from lab.experiments.paired import Rows, difference, gaps, holm, level, p_value, shown
+from lab.experiments.paired import Rows, difference, gaps, holm, level, p_value, survives_holm
 from lab.experiments.pictures import PANELS
 from lab.experiments.rows import done_epochs, final_rows, load_rows
 from lab.experiments.table import TABLES, Table, list_tables, load_table
@@ -136,7 +136,7 @@ def sentence(rows: Rows, pairs: dict[str, str], what: str, other: str, column: s
     if len(single) == len(found):
         return f"One seed says nothing about a difference in {what} from the run {other}."
     found = {one: gap for one, gap in found.items() if one not in single}
-    survive = shown(rows, [(one, pairs[one]) for one in found], column)
+    survive = survives_holm(rows, [(one, pairs[one]) for one in found], column)
     signs = {one: gap.sign if survives else 0 for (one, gap), survives in zip(found.items(), survive, strict=True)}
     parts = []
     for sign, text in ((1, f"{what} is higher than {other}"), (-1, f"{what} is lower than {other}"),

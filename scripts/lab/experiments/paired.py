@@ -85,7 +85,7 @@ def welch(rows: Rows, variant: str, baseline: str, column: str = "top1") -> Esti
     return Estimate(n, mean, math.nan, mean - half, mean + half)
 
 
-def shown(rows: Rows, pairs: Iterable[tuple[str, str]], column: str = "top1") -> list[bool]:
+def survives_holm(rows: Rows, pairs: Iterable[tuple[str, str]], column: str = "top1") -> list[bool]:
     """For each (variant, baseline) whether its paired difference survives Holm's correction over all pairs, at 5 %."""
     rows = list(rows)
     return [p < 0.05 for p in holm([p_value(gaps(rows, *pair, column)) for pair in pairs])]
