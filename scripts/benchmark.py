@@ -63,7 +63,7 @@ PARTS = (
     ("model",),
     ("inference",),
     ("memory",),
-    ("memory", "--batch-size", "64"),  # what is the same for any batch counts less
+    ("memory", "--batch-size", "32"),  # what is the same for any batch counts less
     ("growth",),
     ("model", "--compile", "--repeats", "8", "--variants", OWN, "relu", "sugar"),  # compiling takes minutes each
     ("inference", "--compile", "--model", "resnet18"),
@@ -332,7 +332,8 @@ def build_parser() -> Parser:
         add("--batch-size", type=positive, default=batch_size, metavar="N", help="(default: %(default)s)")
         size = img_size or "the model's"
         add("--img-size", type=positive, default=img_size, metavar="N", help=f"pixels a side (default: {size})")
-        add("--amp-dtype", default="bfloat16", choices=DTYPES, help="of autocast, float32: none (default: %(default)s)")
+        default = "(default: bfloat16; on a CPU, which may lack its instructions, float32)"
+        add("--amp-dtype", choices=DTYPES, help=f"of autocast, float32: none {default}")
         add("--channels-last", action="store_true", help="memory format of images and weights")
 
     add = command("activation", measure_activation, "forward and backward pass of one activation")
@@ -388,6 +389,8 @@ def build_parser() -> Parser:
 def run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     """The command that was asked for."""
     args.device = choose_device(args.device)
+    if "amp_dtype" in args:
+        args.amp_dtype = args.amp_dtype or ("float32" if args.device == "cpu" else "bfloat16")
     with explained(f"can't write to {args.output}"):  # before anything is measured
         args.output.mkdir(parents=True, exist_ok=True)
     args.argv, args.line = argv, "python scripts/benchmark.py " + shlex.join(without_output(argv))

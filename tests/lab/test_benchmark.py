@@ -497,3 +497,4 @@ def test_committed_pictures_show_the_committed_results(tmp_path: Path) -> None:
         for name in old:
             numbers = [[float(number) for number in re.findall(r"-?[\d.]+", each[name])] for each in (old, new)]
             assert numbers[0] == pytest.approx(numbers[1], abs=0.01)
+            assert numbers[0][::2] == sorted(set(numbers[0][::2])), "one point for each size"
