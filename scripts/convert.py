@@ -41,7 +41,7 @@ class ConversionToInt8(Conversion):
     def train(self) -> None:
         """Train, then export."""
         super().train()
-        if self.folder:
+        if self.folder and not self.args.no_int8:
             self.export(self.folder.path)
 
     def export(self, folder: Path) -> None:

@@ -72,7 +72,7 @@ def build_parser() -> Parser:
 
 def data_options(table: Table, key: Key, args: argparse.Namespace) -> list[str]:
     """Where scripts/train.py finds the images; makes a subset if the run asks for one that isn't there yet."""
-    if not table.network:
+    if not table.takes_images:
         return []
     chosen = {} if args.smoke else table.images(key)
     if args.smoke or chosen:
@@ -161,7 +161,7 @@ class Work:
             self.say(f"{run.name} starts from {before.table.name} {before.name}, which is not in {self.args.output}")
             Work(before.table, argparse.Namespace(**{**vars(self.args), "only": ["*"]})).train(before)
         options = data_options(self.table, run.key, self.args)
-        if self.table.network:
+        if self.table.takes_images:
             options += ["--resume", "auto", "--workers", str(self.args.workers)]
             options += ["--device", self.args.device] if self.args.device else []
         start = time.monotonic()
@@ -198,7 +198,7 @@ def smoke_of(table: Table, patterns: Sequence[str]) -> Table:
     """At most four of the variants that match, evenly spaced, so of every kind; one epoch and one seed each."""
     names = chosen_variants(table, patterns)
     variants = {name: table.variants[name] for name in names[:: math.ceil(len(names) / 4)]}
-    options = {**table.options, **(SMOKE if table.network else {"epochs": 1})}
+    options = {**table.options, **(SMOKE if table.takes_images else {"epochs": 1})}
     baseline = table.baseline if table.baseline in variants else next(iter(variants))
     untuned = {"subset": None, "tune": None, "primary": None, "contrasts": []}
     return replace(table, seeds=1, options=options, variants=variants, baseline=baseline, **untuned)

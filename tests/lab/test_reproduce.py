@@ -259,6 +259,31 @@ def test_a_table_can_continue_another_one_seed_by_seed_and_shows_where_it_starte
     assert "(+0.00 [+0.00, +0.00])" in text.splitlines()[-1]
 
 
+@pytest.mark.slow
+def test_a_table_can_convert_what_another_one_trained(tiny: Path, data: Path, tmp_path: Path) -> None:
+    """The original is trained first, as it is missing; after 0 epochs stands what the bare exchange does."""
+    start = tmp_path / "runs" / "start" / "original-0" / "last.pth.tar"
+    (tmp_path / "start.yaml").write_text(
+        "base: tiny\nnetwork: test_efficientnet\nseeds: 1\nbaseline: original\nvariants: {original: {}}\n"
+    )
+    (tmp_path / "converted.yaml").write_text(
+        f"title: Converted\nscript: scripts/convert.py\nbaseline: relu\nseeds: 2\n"
+        f"options: {{checkpoint: '{start}', epochs: 2, lr: 0.01, batch_size: 8, warmup_epochs: 0, no_int8: true}}\n"
+        "variants: {relu: {options: {surrogate: relu, distill: 0}}, same: {}}\n"
+    )
+    shared = ["--data-dir", str(data), "-j", "0", "--device", "cpu", "--results", str(tmp_path)]
+    assert reproduce.main([str(tmp_path / "converted.yaml"), *shared, "--output", str(tmp_path / "runs")]) == 0
+    folder = tmp_path / "runs" / "converted" / "same-1"
+    (original,) = read_rows(folder / "original.csv")
+    assert original["eval_top1"] == last_epoch(start.parent / "summary.csv")["eval_top1"]
+    epochs = read_rows(tmp_path / "converted_epochs.csv")
+    assert [row["epoch"] for row in epochs] == ["-1", "0", "1"] * 4
+    assert len({row["top1"] for row in epochs if row["epoch"] == "-1"}) == 1
+    commands = [row["command"] for row in read_rows(tmp_path / "converted.csv")]
+    assert all(command.startswith("python scripts/convert.py --checkpoint=") for command in commands)
+    assert not list((tmp_path / "runs").rglob("*.onnx"))
+
+
 def test_only_and_seeds_choose_a_part_and_earlier_rows_stay(
     tiny: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

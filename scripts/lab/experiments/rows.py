@@ -38,7 +38,7 @@ def status_of(table: Table, top1: str, train_loss: str) -> str:
 
 def where(table: Table, key: Key) -> dict[str, str]:
     """The columns `subset` and `split` of a run: what it trained on, and what top-1 is of."""
-    if not table.network:
+    if not table.takes_images:
         return {"subset": "", "split": ""}
     chosen = table.images(key)
     held_out = chosen.pop("held_out", 0)

@@ -142,7 +142,7 @@ def start_of(run: TableRun, output: Path) -> TableRun | None:
 
     `output` is the folder of all tables' runs.
     """
-    path = Path(run.settings.get("initial_checkpoint") or "")
+    path = Path(run.settings.get("initial_checkpoint") or run.settings.get("checkpoint") or "")
     if not path.name or path.parent.parent.parent.resolve() != output.resolve():
         return None
     file = run.table.folder / f"{path.parent.parent.name}.yaml"

@@ -15,7 +15,8 @@
 In options, `{seed}` stands for the seed, so that a run can start from what another one left, and `null` leaves out one
 of the base.
 Further keys: `note`, a sentence for the page; `script` (scripts/train.py); and `base`, another table from which
-everything comes that this one doesn't say; `options` are merged.
+everything comes that this one doesn't say; `options` are merged. A table of scripts/convert.py has `checkpoint` among
+its options, in the place of a network.
 
 `subset: {per_class: 1000}` trains on a part of the training split (subset.py). With `per_seed: true` each seed draws a
 part of its own; with `held_out: 200` the runs are validated on further training images.
@@ -111,6 +112,11 @@ class Table:
                 raise ValueError(f"variant {name!r} has its own {other}: with tune it is the same for all variants")
 
     @property
+    def takes_images(self) -> bool:
+        """Whether its script trains on images: a network's, or one that a checkpoint holds."""
+        return bool(self.network or self.options.get("checkpoint"))
+
+    @property
     def chance(self) -> float | None:
         """Top-1 of guessing, in percent; None if the number of classes is not known."""
         classes = self.options.get("num_classes")
@@ -158,7 +164,7 @@ class Table:
     def command(self, key: Key) -> str:
         """The command that makes one run again; DATA stands for where the images are."""
         words = [word for name, value in self.settings(key).items() for word in as_options(name, value)]
-        data = ["--data-dir", "DATA"] if self.network else []
+        data = ["--data-dir", "DATA"] if self.takes_images else []
         path = ["PYTHONPATH=scripts/reproduce"] if self.network else []
         return " ".join([*path, shlex.join(["python", self.script, *words, *data])])
 

@@ -38,9 +38,10 @@ def declaration(table: Table) -> str:
         parts.append(f"Declared before it ran: primary contrast `{table.primary}`{margin}.")
     if tune := table.tune:
         epochs = tune.options.get("epochs", table.options.get("epochs"))
+        seeds = f"seed{'s' if len(tune.seeds) > 1 else ''} {', '.join(map(str, tune.seeds))}"
         parts.append(
             f"Each variant has the learning rate that is best for it on {tune.held_out} held-out training images of "
-            f"each class ({epochs} epochs, tuning seeds {', '.join(map(str, tune.seeds))}); the final seeds are new."
+            f"each class ({epochs} epochs, tuning {seeds}); the final seeds are new."
         )
     return " ".join(parts)
 

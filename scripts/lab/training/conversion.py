@@ -42,6 +42,7 @@ def add_options(parser: Parser) -> None:
     add("--blend-epochs", **x(0, default=0.0), help=blend)
     order = "which layers move first: all at once, from the input on, or from the output on (default: %(default)s)"
     add("--blend-order", default="all", choices=ORDERS, help=order)
+    add("--no-int8", action="store_true", help="write no model-int8.onnx at the end")
 
 
 def parse_conversion(argv: Sequence[str], parser: Parser) -> tuple[argparse.Namespace, Path | None]:
