@@ -26,6 +26,7 @@ from lab.training.conversion import Conversion, add_options, parse_conversion
 from lab.training.run import run_command
 
 EXPORT = Path(__file__).with_name("export.py")
+INT8 = "model-int8.onnx"
 
 
 def build_parser() -> Parser:
@@ -44,15 +45,24 @@ class ConversionToInt8(Conversion):
         if self.folder and not self.args.no_int8:
             self.export(self.folder.path)
 
+    def is_whole(self, folder: Path) -> bool:
+        """Whether the int8 file is there, too, if it can be made."""
+        wanted = not self.args.no_int8 and importlib.util.find_spec("onnxruntime") and self.has_images()
+        return super().is_whole(folder) and (not wanted or (folder / INT8).exists())
+
+    def has_images(self) -> bool:
+        """Whether there is a folder of training images to calibrate on."""
+        return (Path(self.args.data_dir or "") / "train").is_dir()
+
     def export(self, folder: Path) -> None:
         """Write model-int8.onnx, calibrated on training images; prints its top-1 and latency. Raises UserError."""
         data = Path(self.args.data_dir or "")
         command = ["--checkpoint", str(folder / "last.pth.tar"), "--format", "onnx-int8", "--data-dir", str(data)]
-        command += ["--calibration", str(data), "--output", str(folder / "model-int8.onnx")]
+        command += ["--calibration", str(data), "--output", str(folder / INT8)]
         command += ["--workers", str(self.args.workers)]
         if not importlib.util.find_spec("onnxruntime"):
             print('int8 needs `pip install -e ".[deploy]"`, then:', "python scripts/export.py", shlex.join(command))
-        elif (data / "train").is_dir() and subprocess.run([sys.executable, EXPORT, *command], check=False).returncode:
+        elif self.has_images() and subprocess.run([sys.executable, EXPORT, *command], check=False).returncode:
             again = f"python scripts/export.py {shlex.join(command)}"
             raise UserError(f"{folder} is converted, but not to int8, see above; try again with: {again}")
 

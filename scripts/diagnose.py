@@ -56,7 +56,11 @@ def run(args: argparse.Namespace) -> None:
             reports[name] = timm_sugar.diagnose(model, batches, tau=args.tau)
         print(reports[name], flush=True)
         if any(isinstance(module, timm_sugar.SUGAR) for module in model.modules()):
-            found = gradient_gains(model, *next(iter(loader)))
+            try:
+                found = gradient_gains(model, *next(iter(loader)))
+            except (ValueError, RuntimeError) as error:  # as of BatchNorm for a batch of one image
+                print(f"no gains of gradients: {error}; try a larger --batch-size", flush=True)
+                continue
             print(describe(found), flush=True)
             gains += [{"model": name, "layer": layer, "gain": gain} for layer, gain in found.items()]
     with explained(f"can't write to {args.output}"):

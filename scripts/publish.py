@@ -30,7 +30,7 @@ from lab.cli import Parser, UserError, explained, whole
 from lab.files import environment, write_atomically
 from lab.release.card import CARD, CONFIG, card
 from lab.release.checks import LARGEST_IMAGE, check
-from lab.release.hub import changes, check_token, push
+from lab.release.hub import check_token, plan, push
 from lab.release.stage import TrainedRun, add_twin, stage
 from lab.training.data import class_to_idx, open_dataset
 
@@ -123,7 +123,7 @@ def push_all(args: argparse.Namespace) -> None:
         check_token(api, args.org)
     for folder in named:
         repo_id = f"{args.org}/{folder.name}"
-        done = changes(api, repo_id, folder) if args.dry_run else push(api, repo_id, folder, args.private)
+        done = plan(api, repo_id, folder, args.private) if args.dry_run else push(api, repo_id, folder, args.private)
         print(f"{repo_id}: {'; '.join(done) if done else 'up to date'}", flush=True)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -141,6 +142,50 @@ def test_a_conversion_says_what_it_cost_and_won_back(
     assert "SUGAR" in kinds
     assert "SiLU" not in kinds
     assert relu_score(trained, data) == score_of(rows(folder / "summary.csv")[-1])
+
+
+def test_what_a_conversion_needs_for_its_account_may_be_gone(
+    original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = ["--blend-epochs", "0", "--blend-order", "all", "--epochs", "1"]
+    assert convert.main(options(original, tmp_path, *short)) == 0
+    (tmp_path / "converted" / "original.csv").unlink()
+    assert convert.main(["--resume", str(tmp_path / "converted"), "--epochs", "2"]) == 0
+    assert "(original.csv or start.csv is gone, so there is nothing to compare)" in capsys.readouterr().out
+
+
+def test_a_conversion_does_not_go_on_from_another_original(
+    original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = shutil.copytree(original, tmp_path / "own")
+    assert convert.main(options(own, tmp_path, "--epochs", "2")) == 0
+    shutil.copyfile(own / "checkpoint-0.pth.tar", own / "model_best.pth.tar")
+    shutil.copyfile(own / "checkpoint-1.pth.tar", own / "last.pth.tar")
+    best = load_weights(original / "model_best.pth.tar", True)[0]
+    if all(torch.equal(value, best[name]) for name, value in load_weights(own / "model_best.pth.tar", True)[0].items()):
+        shutil.copyfile(own / "last.pth.tar", own / "model_best.pth.tar")
+    line = error_line(convert.main, ["--resume", str(tmp_path / "converted"), "--epochs", "3"], capsys)
+    assert "the network that is converted has changed since; begin anew, without --resume" in line
+
+
+def test_int8_that_was_cut_off_is_made_by_the_same_command_again(
+    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(convert.ConversionToInt8, "export", interrupted)
+        assert convert.main(options(original, tmp_path, "--epochs", "2")) == 130
+    trained, again = weights(tmp_path / "converted"), ["--resume", str(tmp_path / "converted")]
+    (tmp_path / "export.py").write_text("import sys, pathlib\npathlib.Path(sys.argv[-3]).write_text('int8')\n")
+    monkeypatch.setattr(convert, "EXPORT", tmp_path / "export.py")
+    assert convert.main(again) == 0
+    assert (tmp_path / "converted" / "model-int8.onnx").read_text() == "int8"
+    assert all(torch.equal(value, trained[name]) for name, value in weights(tmp_path / "converted").items())
+    assert "the run is finished" in error_line(convert.main, again, capsys)
 
 
 def score_of(row: dict[str, str]) -> Any:

@@ -111,6 +111,20 @@ def test_gains_of_a_sugar_model_are_written_and_drawn(
     assert "gradients over ReLU's by layer: " in capsys.readouterr().out
 
 
+def test_without_gains_the_rest_is_kept(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("Expected more than 1 value per channel")
+
+    monkeypatch.setattr(script, "gradient_gains", fail)
+    argv = ["--checkpoint", str(runs / "test_resnet_sugar"), "--output", str(tmp_path), "-b", "1"]
+    assert script.main([*argv, *FAST]) == 0
+    assert "no gains of gradients: Expected more than 1 value" in capsys.readouterr().out
+    assert table(tmp_path / "activations.csv")
+    assert not (tmp_path / "gains.csv").exists()
+
+
 def test_mistakes_are_one_line(runs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = ["--checkpoint", str(runs / "test_resnet"), *FAST, "--output", str(tmp_path / "out")]
     for argv, message in (

@@ -150,6 +150,17 @@ def test_bad_input(run: Path, data: Path, tmp_path: Path, capsys: pytest.Capture
         assert message in error_line(evaluate.main, [*argv, *FAST], capsys)
 
 
+@pytest.mark.parametrize("odd", [{"interpolation": "x"}, {"crop_pct": "x"}, {"mean": "x"}])
+def test_odd_preprocessing_in_a_config_is_one_line(
+    odd: dict[str, str], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model: Any = timm.create_model("test_resnet", num_classes=3)
+    config = timm.data.resolve_data_config({"img_size": 32}, model=model)
+    timm.models.save_for_hf(model, str(tmp_path / "m"), data_config=config | odd, safe_serialization=True)
+    argv = ["--checkpoint", str(tmp_path / "m"), "--data-dir", str(data), *FAST]
+    assert "can't prepare images for model" in error_line(evaluate.main, argv, capsys)
+
+
 def test_more_classes_than_outputs_and_a_broken_image(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from huggingface_hub import HfApi
 from lab.cli import UserError
 from lab.release.checks import check
-from lab.release.hub import changes, check_token, push
+from lab.release.hub import changes, check_token, plan, push
 from lab.release.stage import FILES
 from loopback_hub import READ, WRITE, LoopbackHub
 from PIL import Image, PngImagePlugin
@@ -108,6 +109,13 @@ def link_log(folder: Path) -> None:
     (folder / "train.log").symlink_to(outside)
 
 
+def hide_in_picture(folder: Path) -> None:
+    """A chunk that Pillow says nothing of, before the end."""
+    content, data = (folder / "curves.png").read_bytes(), b"prVthf_" + 34 * b"a"
+    chunk = (len(data) - 4).to_bytes(4, "big") + data + zlib.crc32(data).to_bytes(4, "big")
+    (folder / "curves.png").write_bytes(content[:-12] + chunk + content[-12:])
+
+
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pickle": (lambda f: torch.save({}, f / "pytorch_model.bin"), "pickled code"),
     "a pickle below": (lambda f: ((f / "a").mkdir(), torch.save({}, f / "a" / "x.pth")), "pickled code"),
@@ -118,6 +126,15 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "newer numbers": (
         lambda f: (f / "results.csv").write_text((f / "results.csv").read_text().replace("90.0", "91.0")),
         "out of date",
+    ),
+    "a token in a private chunk of a picture": (hide_in_picture, "curves.png holds what looks like a token"),
+    "a token of a request": (
+        lambda f: (f / "train.log").write_text(f"Authorization: Bearer {28 * 'a'}"),
+        "train.log holds what looks like a token",
+    ),
+    "a token of letters and digits": (
+        lambda f: (f / "train.log").write_text(f"token={20 * 'a1'}"),
+        "train.log holds what looks like a token",
     ),
     "a torn config": (lambda f: (f / "config.json").write_text("{"), "not the config of a model"),
     "no licence": (lambda f: edit_config(f, lambda c: c["pretrained_cfg"].update(license=None)), "names no licence"),
@@ -396,6 +413,9 @@ def test_private_repository_stays_private_and_can_be_opened_later(folder: Path, 
     push(client(hub), REPO, folder, private=True)
     assert hub.repos[REPO].private
     assert not hub.visible()
+    assert plan(client(hub), REPO, folder, private=True) == []
+    assert plan(client(hub), REPO, folder, private=False) == ["make public"]
+    assert not hub.visible()
     assert push(client(hub), REPO, folder, private=False) == ["make public"]
     assert hub.visible()
 
@@ -403,8 +423,11 @@ def test_private_repository_stays_private_and_can_be_opened_later(folder: Path, 
 def test_changes_says_what_a_push_would_do_and_does_nothing(folder: Path, hub: LoopbackHub) -> None:
     api = client(hub)
     assert changes(api, REPO, folder) == [f"create {REPO}", *(f"add {name}" for name in FILES)]
+    version = f"tag v{__version__}"
+    assert plan(api, REPO, folder, private=True) == [*changes(api, REPO, folder), version]
+    assert plan(api, REPO, folder, private=False) == [*changes(api, REPO, folder), version, "make public"]
     assert not hub.repos
-    push(api, REPO, folder, private=False)
+    assert push(api, REPO, folder, private=False)[-2:] == [version, "make public"]
     assert changes(api, REPO, folder) == []
     edit_weights(folder, lambda w: w["fc.bias"].add_(1))
     assert changes(api, REPO, folder) == ["change model.safetensors"]

@@ -143,11 +143,11 @@ def test_every_recipe_parses(path: Path) -> None:
 def test_every_run_of_every_table_parses(name: str) -> None:
     assert (TABLES / f"{name}.yaml").exists()
     table = load_table(name)
-    tabular = load_script("train_tabular").build_parser()
+    other = load_script(Path(table.script).stem).build_parser()
     for key in table.final_keys():
         words = shlex.split(table.command(key))
         options = words[words.index(table.script) + 1 :]
-        args = parse_args([*options, *CPU])[0] if table.script == "scripts/train.py" else tabular.parse_args(options)
+        args = parse_args([*options, *CPU])[0] if table.script == "scripts/train.py" else other.parse_args(options)
         assert args.seed == key.seed
 
 

@@ -83,6 +83,32 @@ def test_another_experiment_forks_and_says_so(moved: Path, capsys: pytest.Captur
     assert "exists" in error_line(train.main, ["--resume", str(moved), "--experiment", "fork", "--epochs", "2"], capsys)
 
 
+def test_going_back_leaves_nothing_of_the_epochs_that_are_made_anew(
+    begun: Path, moved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Epoch 1 is the best here; made anew at a rate that ruins the network, it is not, so the best is epoch 0."""
+    first, last = load_file(begun / "last.pth.tar"), moved / "last.pth.tar"
+    assert train.main(["--resume", str(moved), "--epochs", "3"]) == 0
+    (moved / "model_best.pth.tar").unlink()  # a link to another checkpoint
+    shutil.copyfile(last, moved / "model_best.pth.tar")
+    args = ["--resume", str(moved / "checkpoint-0.pth.tar"), "--lr", "30", "--epochs", "2"]
+    assert train.main(args) in (0, 3)
+    assert "back to epoch 1: later checkpoints are gone" in capsys.readouterr().out
+    assert not (moved / "checkpoint-2.pth.tar").exists()
+    best = load_file(moved / "model_best.pth.tar")
+    assert best["epoch"] < 2
+    if best["epoch"] == 0:
+        assert all(torch.equal(best["state_dict"][name], value) for name, value in first["state_dict"].items())
+
+
+def test_a_fork_has_what_stands_before_its_first_epoch(moved: Path) -> None:
+    for name in ("start.csv", "original.csv"):
+        (moved / name).write_text(f"epoch,eval_top1\n-1,{len(name)}\n")
+    assert train.main(["--resume", str(moved), "--experiment", "fork", "--epochs", "2"]) == 0
+    for name in ("start.csv", "original.csv"):
+        assert (moved.parent / "fork" / name).read_text() == (moved / name).read_text()
+
+
 def test_another_output_alone_is_no_way_to_fork(moved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["--resume", str(moved), "--epochs", "2", "--output", str(moved)]
     assert "add --experiment to continue new in another folder" in error_line(train.main, argv, capsys)

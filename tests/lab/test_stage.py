@@ -14,11 +14,15 @@ import timm
 import torch
 import yaml
 from lab.cli import UserError, yaml_options
+from lab.release.checks import check
 from lab.release.stage import FILES, TrainedRun, describe_labels, stage, statistics
 from lab.training.options import build_parser
 from lab.training.runs import read_checkpoint
 from safetensors.torch import load_file, save_file
+from scripting import load_script
 from staging import MEASURED, SWIN, VERSIONS, make_folder, train
+
+from timm_sugar import list_activations
 
 STOCK = {
     "test_resnet_sugar": ("test_resnet", None),
@@ -217,6 +221,43 @@ def test_failed_evaluation_leaves_nothing_and_an_existing_folder_is_kept(runs: d
     with pytest.raises(UserError, match="exists"):
         make_folder(runs["test_resnet_sugar"], folder)
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_a_run_is_whole_after_its_cool_down_and_not_before(tmp_path: Path) -> None:
+    run = train(tmp_path, "test_resnet_sugar", "--cooldown-epochs", "1")
+    TrainedRun(run)
+    shutil.copyfile(run / "checkpoint-0.pth.tar", run / "last.pth.tar")  # as if it had been killed there
+    with pytest.raises(UserError, match=r"1 of 2 epochs are done; finish it with scripts/train\.py --resume"):
+        TrainedRun(run)
+
+
+def test_a_fork_is_staged_though_its_summary_begins_later(runs: dict[str, Path], tmp_path: Path) -> None:
+    options = ["--resume", str(runs["test_resnet_sugar"]), "--output", str(tmp_path), "--experiment", "fork"]
+    assert load_script("train").main([*options, "--epochs", "2"]) == 0
+    assert (tmp_path / "fork" / "summary.csv").read_text().count("\n") == 2
+    make_folder(tmp_path / "fork", tmp_path / "models" / "test_resnet_sugar.x")
+
+
+def test_a_conversion_is_staged_as_the_relu_network_that_it_made(tmp_path: Path) -> None:
+    original = train(tmp_path, "test_efficientnet")
+    options = ["--checkpoint", str(original), "--output", str(tmp_path), "--experiment", "converted", "--no-int8"]
+    short = ["--epochs", "1", "--warmup-epochs", "0", "--lr", "0.01", "-b", "8", "-j", "0", "--device", "cpu"]
+    assert load_script("convert").main([*options, *short]) == 0
+    folder = make_folder(tmp_path / "converted", tmp_path / "models" / "test_efficientnet_sugar.x")
+    check(folder)
+    model: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert {*list_activations(model).values()} <= {"ReLU", "SUGAR"}
+    recipe = yaml.safe_load((folder / "train_args.yaml").read_text())
+    assert (recipe["model"], recipe["checkpoint"], recipe["surrogate"]) == ("test_efficientnet", original.name, "same")
+    assert "python scripts/convert.py --config" in (folder / "README.md").read_text()
+
+
+@pytest.mark.parametrize("text", ["", "epochs: two\n", "model: 5\nepochs: 1\n"])
+def test_odd_settings_are_one_line(text: str, runs: dict[str, Path], tmp_path: Path) -> None:
+    run = shutil.copytree(runs["test_resnet_sugar"], tmp_path / "run")
+    (run / "args.yaml").write_text(text)
+    with pytest.raises(UserError, match=r"not a training run|not of 5"):
+        make_folder(run, tmp_path / "models" / "test_resnet_sugar.x")
 
 
 def test_plain_network_is_not_staged(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ CARD, CONFIG, RECIPE, RESULTS = "README.md", "config.json", "train_args.yaml", "
 ODD = (*DAMAGE, csv.Error, TemplateError)  # what files of another form raise beside the usual
 TWIN = "ReLU twin"  # the row of results of the plain network
 TEMPLATE = Path(__file__).with_name("card.md")
-SURROGATES = {"bsilu": "B-SiLU", "nelu": "NeLU", "elu": "ELU", "selu": "SELU", "gelu": "GELU", "silu": "SiLU"}
+SURROGATES = {"bsilu": "B-SiLU", "nelu": "NeLU", "elu": "ELU", "selu": "SELU", "gelu": "GELU", "silu": "SiLU",
+              "same": "the activations that ReLU replaced"}  # fmt: skip
 
 
 @dataclass(frozen=True)

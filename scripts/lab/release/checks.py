@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from contextlib import suppress
 from inspect import signature
 from pathlib import Path
@@ -28,6 +29,7 @@ _SECRETS = re.compile(
     r"(?<![A-Za-z0-9])("
     r"(hf|api_org|gh[pousr]|github_pat|npm|dckr_pat|[sr]k_live)_\w{20,}|(AKIA|ASIA)[0-9A-Z]{16}|AIza[\w-]{35}"
     r"|(glpat|xox[abeprs]|xapp|sk|pypi)-[\w-]{20,}|(hvs|ya29|SG)[.][\w.-]{20,}|eyJ[\w-]{10,}[.]eyJ[\w-]{10,}[.]"
+    r"|(?i:token)[\"']?\s*[:=]\s*[\"']?[\w/+-]{32,}|(?i:bearer)\s+[\w.~+/-]{20,}"
     r"|(?i:api_?key|secret(_access)?_?key|password)[\"']?\s*[:=]\s*[\"']?[\w/+-]{8,}"
     r")|PRIVATE KEY-----|://[^/\s:@]+:[^/\s:@]+@"
 )
@@ -85,9 +87,10 @@ def read_texts(path: Path) -> list[str]:
             with Image.open(path, formats=["PNG"]) as picture:
                 picture.load()
                 said = [f"{key} {value}" for key, value in picture.info.items()]
-            if not path.read_bytes().endswith(_END_OF_PNG):
+            content = path.read_bytes()
+            if not content.endswith(_END_OF_PNG):
                 raise ValueError("something follows it")
-        return said
+        return [*said, *(chunk.decode("ascii", "replace") for chunk in chunks_of(content))]
     if path.suffix == ".safetensors":
         with explained(f"{path} is not a whole safetensors file"), safetensors.safe_open(path, "pt") as file:
             return [f"{key} {value}" for key, value in (file.metadata() or {}).items()] + list(file.keys())
@@ -102,6 +105,15 @@ def read_texts(path: Path) -> list[str]:
         elif path.suffix == ".yaml":
             texts.append(json.dumps(yaml.safe_load(text), ensure_ascii=False, default=str))
     return texts
+
+
+def chunks_of(png: bytes) -> Iterator[bytes]:
+    """What is in each chunk of a picture, also of those that Pillow says nothing of."""
+    start = 8  # after the signature; each chunk has its length, its type, what is in it, and a checksum
+    while start < len(png):
+        end = start + 8 + int.from_bytes(png[start : start + 4], "big")
+        yield png[start + 8 : end]
+        start = end + 4
 
 
 def check_config(folder: Path) -> dict[str, Any]:

@@ -59,8 +59,24 @@ def check_token(api: HfApi, org: str) -> None:
         raise UserError("the token can only read: use one that can write")
 
 
+def plan(api: HfApi, repo_id: str, folder: Path, private: bool) -> list[str]:
+    """What a push would do, one line each: `changes`, the tag, and who can see the repository; empty if nothing."""
+    lines, version = changes(api, repo_id, folder), f"v{__version__}"
+    with _one_line(repo_id):
+        try:
+            tagged, hidden = _has_tag(api, repo_id, version), api.repo_info(repo_id).private
+        except RepositoryNotFoundError:
+            tagged, hidden = False, True  # as it is made
+    lines += [] if tagged else [f"tag {version}"]
+    return lines + ([] if hidden == private else [_visibility(private)])
+
+
+def _visibility(private: bool) -> str:
+    return f"make {'private' if private else 'public'}"
+
+
 def changes(api: HfApi, repo_id: str, folder: Path) -> list[str]:
-    """What a push would do, one line each: create the repository, add, change or delete a file; empty if nothing."""
+    """What would change in a repository: that it is made, files added, changed or deleted; empty if nothing."""
     with _one_line(repo_id):
         try:
             api.repo_info(repo_id)  # of an empty answer the next line would make an empty repository
@@ -114,7 +130,7 @@ def push(api: HfApi, repo_id: str, folder: Path, private: bool) -> list[str]:
                 raise _not_done(repo_id, done[-1])
         if api.repo_info(repo_id).private != private:
             api.update_repo_settings(repo_id, private=private)
-            done.append(f"make {'private' if private else 'public'}")
+            done.append(_visibility(private))
             if api.repo_info(repo_id).private != private:
                 raise _not_done(repo_id, done[-1])
     return done

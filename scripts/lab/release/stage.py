@@ -25,17 +25,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from lab.cli import UserError, explained
 from lab.files import write_atomically, write_rows
 from lab.release.card import CARD, CONFIG, RECIPE, RESULTS, TWIN, card, read_results
-from lab.training.runs import read_checkpoint, read_summary
+from lab.training.runs import check_model, read_checkpoint, read_summary
 from timm_sugar.models._weights import WEIGHTS
 from timm_sugar.models.sugar import ALIASES, SUFFIX
-from timm_sugar.surgery import list_activations
+from timm_sugar.surgery import SAME, list_activations
 from timm_sugar.surrogate import built_in_parameters, get_surrogate
 
 FROM_RUN = ("summary.csv", "train.log", "curves.png")
 FILES = (CARD, CONFIG, WEIGHTS, RECIPE, RESULTS, *FROM_RUN)
 HALF_COSTS_AT_MOST = 0.05  # points of top-1
 _OF_THE_MACHINE = ("data_dir", "output", "experiment", "device")
-_STARTED_FROM = ("class_map", "initial_checkpoint", "pretrained_path")  # files
+_STARTED_FROM = ("class_map", "initial_checkpoint", "pretrained_path", "checkpoint")  # files
 _COLUMNS = (
     *("weights", "top1", "top5", "loss", "dead_units", "sparsity", "images", "params", "macs"),
     *("device", "torch", "timm", "timm_sugar", "command"),
@@ -53,17 +53,25 @@ class TrainedRun:
         """Raises UserError if the folder holds no run, or one that isn't finished."""
         self.folder = folder
         with explained(f"{folder} is not a training run"):
-            self.settings: dict[str, Any] = yaml.safe_load((folder / "args.yaml").read_text())
-        epochs = self.settings["epochs"]
-        if (done := len(read_summary(folder, epochs))) < epochs:
-            raise UserError(f"{folder}: {done} of {epochs} epochs are done; finish it with scripts/train.py --resume")
+            self.recipe: dict[str, Any] = yaml.safe_load((folder / "args.yaml").read_text())
+            asked = int(self.recipe["epochs"])
         for name in FROM_RUN:
             if not (folder / name).exists():
                 raise UserError(f"{folder} has no {name}: was it made by scripts/train.py?")
-        state = read_checkpoint(folder / "last.pth.tar", self.settings["model"])
-        self.settings["num_classes"] = state["args"].num_classes
-        if self.settings.get("surrogate_schedule"):  # has left other values than the run began with
-            self.settings["model_kwargs"] = state["args"].model_kwargs
+        read_summary(folder, asked)  # which is copied
+        state = read_checkpoint(folder / "last.pth.tar", None)
+        with explained(f"{folder / 'last.pth.tar'} doesn't say how it was trained"):
+            known: dict[str, Any] = vars(state["args"])
+            epochs, done = max(asked, known.get("all_epochs", asked)), state["epoch"] + 1
+        if done < epochs:
+            script = "convert.py" if "original" in known else "train.py"
+            raise UserError(f"{folder}: {done} of {epochs} epochs are done; finish it with scripts/{script} --resume")
+        self.settings = {**self.recipe, "num_classes": known["num_classes"]}
+        if "original" in known:  # a conversion, whose model is the original's ReLU self
+            self.settings |= {name: known[name] for name in ("model", "model_kwargs")}
+        if self.recipe.get("surrogate_schedule"):  # has left other values than the run began with
+            self.settings["model_kwargs"] = known["model_kwargs"]
+        check_model(state, folder / "last.pth.tar", self.settings["model"])
         self.published = self.settings | ({"img_size": img_size, "input_size": None} if img_size else {})
         weights = clean_state_dict(state.get("state_dict_ema") or state["state_dict"])
         # safetensors takes no channels_last
@@ -80,6 +88,8 @@ class TrainedRun:
     def model_args(self) -> dict[str, Any]:
         """The arguments of the `_sugar` model, surrogate and its parameters spelled out."""
         arguments = dict(self.settings["model_kwargs"])
+        if arguments.get("surrogate") == SAME:  # a surrogate for each activation that was replaced
+            return arguments
         surrogate = get_surrogate(arguments.pop("surrogate", "bsilu"))
         given = {key: arguments.pop(key) for key in surrogate.parameters if key in arguments}
         return arguments | {"surrogate": surrogate.name} | get_surrogate(surrogate, **given).parameters
@@ -141,7 +151,7 @@ def stage(
             rows[0].update(statistics(partial))
             for name in FROM_RUN:
                 shutil.copyfile(run.folder / name, partial / name)
-            (partial / RECIPE).write_text(yaml.safe_dump(_portable(run.settings)))
+            (partial / RECIPE).write_text(yaml.safe_dump(_portable(run.recipe)))
             write_results(partial, rows)
             write_atomically(partial / CARD, card(partial))
             os.replace(partial, folder)
@@ -155,8 +165,8 @@ def add_twin(folder: Path, run: TrainedRun, measure: Callable[[], dict[str, Any]
     """
     with explained(f"can't read {folder / RECIPE}"):
         recipe = yaml.safe_load((folder / RECIPE).read_text())
-    other = _portable(run.settings)
-    for key in sorted(recipe.keys() - {"model", "model_kwargs", "device_modules"}):
+    other = _portable(run.recipe)
+    for key in sorted(recipe.keys() - {"model", "model_kwargs", "device_modules", "surrogate"}):
         if recipe[key] != other.get(key):
             raise UserError(f"{run.folder} was trained with another {key} than {folder.name}")
     rows: list[dict[str, Any]] = [row for row in read_results(folder) if row["weights"] != TWIN]

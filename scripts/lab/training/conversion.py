@@ -21,12 +21,12 @@ from lab.training.groups import x
 from lab.training.loading import INHERITED, find_file, load_weights
 from lab.training.options import parse_args
 from lab.training.run import Run
-from lab.training.runs import START
+from lab.training.runs import ORIGINAL, START
+from lab.training.seal import digest
 from lab.training.setup import build_model
 from timm_sugar import SUGAR, list_activations
 from timm_sugar.models import SUFFIX
 
-ORIGINAL = "original.csv"  # one row as of summary.csv, of the network as it was
 ORDERS = ("all", "input", "output")
 
 
@@ -133,6 +133,7 @@ class Conversion(Run):
         own = {key: value for key, value in self.args.model_kwargs.items() if key != "surrogate"}
         original = argparse.Namespace(**{**vars(self.args), "model": self.args.original, "model_kwargs": own})
         self.teacher = build_model(original).eval().requires_grad_(False).to(self.device)
+        self.args.teacher = digest({"state_dict": self.teacher.state_dict()}, {})
         if {*list_activations(self.teacher).values()} <= {"ReLU", "relu"}:
             raise UserError(f"{self.args.original} has no activations but ReLU: there is nothing to convert")
         self.blend: Blend | None = None
@@ -178,8 +179,11 @@ class Conversion(Run):
 
 def account(folder: Path) -> str:
     """What the exchange cost, and what training won back, in points of top-1."""
-    original, exchanged = (float(read_rows(folder / name)[0]["eval_top1"]) for name in (ORIGINAL, START))
+    before = [row for name in (ORIGINAL, START) for row in read_rows(folder / name)]
     trained = float(read_rows(folder / "summary.csv")[-1]["eval_top1"])
+    if len(before) < 2:
+        return f"top-1: after training {trained:.2f} % ({ORIGINAL} or {START} is gone, so there is nothing to compare)"
+    original, exchanged = (float(row["eval_top1"]) for row in before)
     text = f"top-1: original {original:.2f} %, ReLU in its place {exchanged:.2f} %, after training {trained:.2f} %"
     if exchanged < original:
         text += f" ({(trained - exchanged) / (original - exchanged):.0%} of the loss won back)"

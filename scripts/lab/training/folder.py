@@ -6,6 +6,7 @@ import argparse
 import math
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,12 +19,18 @@ from filelock import FileLock, Timeout
 from lab.cli import UserError, explained, say
 from lab.files import write_atomically, write_rows
 from lab.training.options import folder_of
-from lab.training.runs import DAMAGE, START, plot_curves, read_summary, write_summary
+from lab.training.runs import BEFORE, DAMAGE, START, plot_curves, read_checkpoint, read_summary, write_summary
 from lab.training.seal import SealedSaver
 
 LOCK = ".lock"  # stays in the folder
 _LEFT_BY_A_KILL = (LOCK, "tmp-args.yaml")  # before the run began
 _PATIENCE = 8  # seconds, in which the loader processes of a killed run end, that an old filelock lets hold the lock
+
+
+def _epoch_of(path: Path) -> int:
+    """The epoch of a numbered checkpoint; -1 for a name that has none."""
+    number = path.name.removeprefix("checkpoint-").removesuffix(".pth.tar")
+    return int(number) if number.isdecimal() else -1
 
 
 class RunFolder:
@@ -65,6 +72,10 @@ class RunFolder:
             self.check_unused()  # by a process that was faster
         with explained(f"can't write to output folder {self.path}"):
             write_atomically(self.path / "args.yaml", yaml.safe_dump(args.given, default_flow_style=False))
+            if self.resume and not self.resumed:
+                for path in (folder_of(self.resume) / name for name in BEFORE):
+                    if path.exists():
+                        shutil.copyfile(path, self.path / path.name)
         self.rows = read_summary(self.path, start) if self.resumed else []
         if self.resume and not self.resumed:
             self.log(f"fork: {self.resume} goes on in {self.path}")
@@ -83,7 +94,26 @@ class RunFolder:
                 for known in (metric, saver.best_metric, *(value for _, value in saver.checkpoint_files)):
                     math.isfinite(known or 0)  # raises TypeError for what is no number
                 saver.save_checkpoint(start - 1, metric)
+                if self.resumed and self.resume and self.resume.is_file():
+                    self.go_back(start, saver.best_epoch)
                 plot_curves(self.path, self.rows)
+
+    def go_back(self, start: int, best: int | None) -> None:
+        """Remove the checkpoints of later epochs, which the run makes anew, perhaps with other options.
+
+        model_best.pth.tar becomes that of epoch `best`, the best one before `start`, or goes if there is no copy of it.
+        """
+        kept = self.path / "model_best.pth.tar"
+        gone = [path for path in self.path.glob("checkpoint-*.pth.tar") if _epoch_of(path) >= start]
+        with suppress(UserError):  # a damaged one is of no use to anybody
+            if kept.exists() and read_checkpoint(kept, None)["epoch"] >= start:
+                gone.append(kept)
+        for path in gone:
+            path.unlink()
+        if kept in gone and (copy := self.path / f"checkpoint-{best}.pth.tar").exists():
+            shutil.copyfile(copy, kept)
+        if gone:
+            self.log(f"back to epoch {start}: later checkpoints are gone ({', '.join(path.name for path in gone)})")
 
     def save(self, epoch: int, row: dict[str, Any], metric: float) -> None:
         """Summary first, checkpoint second: a kill in between leaves a row that the resumed run replaces."""

@@ -188,7 +188,8 @@ def open_loader(
     names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
     preprocessing = {name: config[name] for name in names}
     workers = {"batch_size": args.batch_size, "num_workers": args.workers}
-    return create_loader(dataset, device=device, **workers, **preprocessing), config
+    with explained(f"can't prepare images for model {args.model}"):
+        return create_loader(dataset, device=device, **workers, **preprocessing), config
 
 
 def each_model(args: argparse.Namespace) -> Iterator[tuple[str, nn.Module, Any]]:

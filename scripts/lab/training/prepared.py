@@ -123,6 +123,7 @@ class Prepared:
         """The settings as a checkpoint has them: with the values of the surrogate's parameters in force now."""
         settings = {key: value for key, value in vars(self.args).items() if key != "given"}
         settings["model_kwargs"] = self.args.model_kwargs | values_in_force(self.surrogate_schedules)
+        settings["all_epochs"] = self.epochs  # those of warm-up and cool-down that a schedule adds, too
         return argparse.Namespace(**settings)
 
     def prepare_task(self) -> None:
@@ -148,9 +149,13 @@ class Prepared:
             if self.scaler and self.scaler.state_dict_key in state:
                 self.scaler.load_state_dict(state[self.scaler.state_dict_key])
         self.restored, start = path, state["epoch"] + 1
-        if start > self.epochs or (start == self.epochs and is_saved(path.parent)):
+        if start > self.epochs or (start == self.epochs and self.is_whole(path.parent)):
             raise UserError(f"--resume {path}: the run is finished ({start} of {self.epochs} epochs); raise --epochs")
         return start, state.get("saver", {})
+
+    def is_whole(self, folder: Path) -> bool:
+        """Whether the folder of a run that has made its last epoch lacks nothing."""
+        return is_saved(folder)
 
     def open_folder(self, history: dict[str, Any]) -> None:
         """Make or reopen the folder of the run, and let it keep checkpoints; `history` is the saver's state."""

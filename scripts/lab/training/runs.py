@@ -17,7 +17,8 @@ from lab.cli import UserError, explained
 from lab.files import read_rows, save_figure, write_atomically
 from lab.training.seal import check_seal
 
-START = "start.csv"  # one row as of summary.csv, on the weights before training
+# One row each as of summary.csv: on the weights before training, and on the network that a conversion starts from.
+START, ORIGINAL = BEFORE = ("start.csv", "original.csv")
 _LAST, _PARTIAL = "last.pth.tar", "tmp.pth.tar"  # as timm's CheckpointSaver names them
 DAMAGE = (AttributeError, IndexError, struct.error)  # what torch.load raises for a damaged file beside the usual
 
@@ -80,9 +81,15 @@ def read_checkpoint(path: Path, model: str | None) -> dict[str, Any]:
     odd = [name for name, kind in kinds.items() if not isinstance(state.get(name, kind()), kind)]
     if odd or state["epoch"] < 0:
         raise UserError(f"{path} is not a training checkpoint: its {', '.join(odd) or 'epoch'} can't be used")
-    if model and state.get("arch", model).split(".")[0] != model.split(".")[0]:
-        raise UserError(f"{path} is a checkpoint of {state['arch']}, not of {model}")
+    if model:
+        check_model(state, path, model)
     return state
+
+
+def check_model(state: dict[str, Any], path: Path, model: str) -> None:
+    """Raises UserError for a checkpoint of another model."""
+    if state.get("arch", str(model)).split(".")[0] != str(model).split(".")[0]:
+        raise UserError(f"{path} is a checkpoint of {state['arch']}, not of {model}")
 
 
 def check_numbers(weights: dict[str, Any], model: nn.Module) -> None:
@@ -96,10 +103,15 @@ def check_numbers(weights: dict[str, Any], model: nn.Module) -> None:
 
 
 def check_unchanged(state: dict[str, Any], args: argparse.Namespace, path: Path, folder: Path) -> None:
-    """Raises UserError if a checkpoint comes from options that can't change where a run goes on in `folder`."""
+    """Raises UserError if a checkpoint comes from options that can't change where a run goes on in `folder`.
+
+    Nor can the weights of the network that a conversion starts from.
+    """
     before = argparse.Namespace(**vars(args) | vars(state.get("args") or argparse.Namespace()))
     if before.opt != args.opt:
         raise UserError(f"{path} has the state of --opt {before.opt}, not {args.opt}: use it as --initial-checkpoint")
+    if vars(before).get("teacher") != vars(args).get("teacher"):
+        raise UserError(f"{path}: the network that is converted has changed since; begin anew, without --resume")
     if measure(before) != measure(args) and path.parent.resolve() == folder.resolve():
         chosen = f"the best checkpoint was chosen by {measure(before)}, not by {measure(args)}"
         raise UserError(f"{path.parent}: {chosen}; add --experiment to go on in another folder")
