@@ -136,6 +136,14 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: (f / "train.log").write_text(f"token={20 * 'a1'}"),
         "train.log holds what looks like a token",
     ),
+    "a test at a million pixels a side": (
+        lambda f: edit_config(f, lambda c: c["pretrained_cfg"].update(test_input_size=[3, 10**6, 10**6])),
+        r"test_input_size is \[3, 1000000, 1000000\] and should be",
+    ),
+    "a crop that nobody knows": (
+        lambda f: edit_config(f, lambda c: c["pretrained_cfg"].update(crop_mode="nope")),
+        "crop_mode should be one of center, squash, border",
+    ),
     "a torn config": (lambda f: (f / "config.json").write_text("{"), "not the config of a model"),
     "no licence": (lambda f: edit_config(f, lambda c: c["pretrained_cfg"].update(license=None)), "names no licence"),
     "another tag": (lambda f: edit_config(f, lambda c: c["pretrained_cfg"].update(tag="a1_in1k")), "tag is 'a1_in1k'"),
@@ -253,11 +261,12 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     **{
         f"images prepared by {key} {value}": (
             lambda f, key=key, value=value: edit_config(f, lambda c: c["pretrained_cfg"].update({key: value})),
-            f"--{key.replace('_', '-')}",
+            f"--{key.removeprefix('test_').replace('_', '-')}",
         )
         for key, value in (
             *(("std", [0, 0, 0]), ("std", ["a"]), ("mean", [0.5, 0.5]), ("mean", [float("nan")] * 3)),
             *(("crop_pct", 5), ("interpolation", "nope"), ("input_size", [4, 32, 32])),
+            *(("test_crop_pct", 99), ("test_input_size", [4, 32, 32])),
         )
     },
     "labels that are alike": (

@@ -36,6 +36,7 @@ _SECRETS = re.compile(
 _ELSEWHERE = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "custom_load")  # other weights, or code
 _END_OF_PNG = b"IEND\xaeB`\x82"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
+CROP_MODES = ("center", "squash", "border")
 LARGEST_IMAGE, MOST_CLASSES = 4096, 100_000  # pixels a side
 
 
@@ -133,9 +134,11 @@ def check_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: pretrained_cfg.{elsewhere[0]} names weights outside of the folder: remove it")
     if not cfg.get("license"):
         raise UserError(f"{path} names no licence: add pretrained_cfg.license")
-    size, classes = cfg.get("input_size"), config.get("num_classes")
-    if not isinstance(size, list) or len(size) != 3 or not all(_is_whole(side, LARGEST_IMAGE) for side in size):
-        raise UserError(f"{path}: pretrained_cfg.input_size is {size!r:.60} and should be three numbers up to 4096")
+    classes = config.get("num_classes")
+    for name in ("input_size", *({"test_input_size"} & cfg.keys())):
+        size = cfg.get(name)
+        if not isinstance(size, list) or len(size) != 3 or not all(_is_whole(side, LARGEST_IMAGE) for side in size):
+            raise UserError(f"{path}: pretrained_cfg.{name} is {size!r:.60} and should be three numbers up to 4096")
     if not _is_whole(classes, MOST_CLASSES):
         raise UserError(f"{path}: num_classes is {classes!r:.60} and should be a number up to {MOST_CLASSES}")
     for what, said, found in (
@@ -163,9 +166,14 @@ def check_preprocessing(path: Path, cfg: dict[str, Any]) -> None:
     """Raises UserError for a config that prepares images as no option of training could say."""
     parser = _Preprocessing(str(path))
     add_images(parser.add_argument)
-    given = {name: cfg[name] for name in ("mean", "std", "crop_pct", "interpolation") if name in cfg}
-    words = [word for name, value in given.items() for word in as_options(name, value)]
-    check_channels(parser.parse_args([*words, "--input-size", *map(str, cfg["input_size"])]))
+    for test in ("", "test_"):  # as in training, and where a model is evaluated otherwise
+        names = ("mean", "std", f"{test}crop_pct", "interpolation")
+        given = {name.removeprefix("test_"): cfg[name] for name in names if name in cfg}
+        words = [word for name, value in given.items() for word in as_options(name, value)]
+        size = cfg.get(f"{test}input_size") or cfg["input_size"]
+        check_channels(parser.parse_args([*words, "--input-size", *map(str, size)]))
+    if cfg.get("crop_mode", "center") not in CROP_MODES:
+        raise UserError(f"{path}: pretrained_cfg.crop_mode should be one of {', '.join(CROP_MODES)}")
 
 
 def _is_whole(value: Any, most: int) -> bool:
