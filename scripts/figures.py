@@ -161,8 +161,8 @@ def draw_times(axes: Axes, theme: Theme, rows: list[Row]) -> None:
 
 def draw_cost(theme: Theme) -> Figure:
     """The cost of one activation, forward and backward, on the first machine of the results."""
-    rows = [row for row in of_default(read_rows(RESULTS)) if row["metric"] == "pass"]
-    rows = [row for row in rows if row["mode"].startswith("eager")]
+    passes = (row for row in of_default(read_rows(RESULTS)) if row["metric"] == "pass")
+    rows = [row for row in passes if row["mode"].startswith("eager")]
     rows = [row for row in rows if all(row[key] == rows[0][key] for key in MACHINE)]
     figure = Figure(figsize=(9.6, 3.6))
     for i, dtype in enumerate(dict.fromkeys(row["dtype"] for row in rows)):

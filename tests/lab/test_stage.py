@@ -231,6 +231,14 @@ def test_a_run_is_whole_after_its_cool_down_and_not_before(tmp_path: Path) -> No
         TrainedRun(run)
 
 
+def test_a_recipe_says_how_many_classes_the_data_had(runs: dict[str, Path], tmp_path: Path) -> None:
+    """As in the recipes that are published, so that a twin whose command didn't name them is no other training."""
+    run = shutil.copytree(runs["test_resnet_sugar"], tmp_path / "run")
+    settings = yaml.safe_load((run / "args.yaml").read_text())
+    (run / "args.yaml").write_text(yaml.safe_dump({**settings, "num_classes": None}))
+    assert TrainedRun(run).recipe["num_classes"] == 3
+
+
 def test_a_fork_is_staged_though_its_summary_begins_later(runs: dict[str, Path], tmp_path: Path) -> None:
     options = ["--resume", str(runs["test_resnet_sugar"]), "--output", str(tmp_path), "--experiment", "fork"]
     assert load_script("train").main([*options, "--epochs", "2"]) == 0

@@ -66,11 +66,11 @@ class TrainedRun:
         if done < epochs:
             script = "convert.py" if "original" in known else "train.py"
             raise UserError(f"{folder}: {done} of {epochs} epochs are done; finish it with scripts/{script} --resume")
-        self.settings = {**self.recipe, "num_classes": known["num_classes"]}
+        self.recipe["num_classes"] = known["num_classes"]  # those of the data, if none were asked for
+        # A schedule has left other values than the run began with.
+        self.settings = {**self.recipe, "model_kwargs": known["model_kwargs"]}
         if "original" in known:  # a conversion, whose model is the original's ReLU self
-            self.settings |= {name: known[name] for name in ("model", "model_kwargs")}
-        if self.recipe.get("surrogate_schedule"):  # has left other values than the run began with
-            self.settings["model_kwargs"] = known["model_kwargs"]
+            self.settings["model"] = known["model"]
         check_model(state, folder / "last.pth.tar", self.settings["model"])
         self.published = self.settings | ({"img_size": img_size, "input_size": None} if img_size else {})
         weights = clean_state_dict(state.get("state_dict_ema") or state["state_dict"])

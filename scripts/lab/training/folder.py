@@ -19,18 +19,21 @@ from filelock import FileLock, Timeout
 from lab.cli import UserError, explained, say
 from lab.files import write_atomically, write_rows
 from lab.training.options import folder_of
-from lab.training.runs import BEFORE, DAMAGE, START, plot_curves, read_checkpoint, read_summary, write_summary
+from lab.training.runs import (
+    BEFORE,
+    DAMAGE,
+    START,
+    numbered_checkpoints,
+    plot_curves,
+    read_checkpoint,
+    read_summary,
+    write_summary,
+)
 from lab.training.seal import SealedSaver
 
 LOCK = ".lock"  # stays in the folder
 _LEFT_BY_A_KILL = (LOCK, "tmp-args.yaml")  # before the run began
 _PATIENCE = 8  # seconds, in which the loader processes of a killed run end, that an old filelock lets hold the lock
-
-
-def _epoch_of(path: Path) -> int:
-    """The epoch of a numbered checkpoint; -1 for a name that has none."""
-    number = path.name.removeprefix("checkpoint-").removesuffix(".pth.tar")
-    return int(number) if number.isdecimal() else -1
 
 
 class RunFolder:
@@ -104,14 +107,15 @@ class RunFolder:
         model_best.pth.tar becomes that of epoch `best`, the best one before `start`, or goes if there is no copy of it.
         """
         kept = self.path / "model_best.pth.tar"
-        gone = [path for path in self.path.glob("checkpoint-*.pth.tar") if _epoch_of(path) >= start]
+        numbered = numbered_checkpoints(self.path)
+        gone = [path for epoch, path in sorted(numbered.items()) if epoch >= start]
         with suppress(UserError):  # a damaged one is of no use to anybody
             if kept.exists() and read_checkpoint(kept, None)["epoch"] >= start:
                 gone.append(kept)
         for path in gone:
             path.unlink()
-        if kept in gone and (copy := self.path / f"checkpoint-{best}.pth.tar").exists():
-            shutil.copyfile(copy, kept)
+        if kept in gone and best in numbered:
+            shutil.copyfile(numbered[best], kept)
         if gone:
             self.log(f"back to epoch {start}: later checkpoints are gone ({', '.join(path.name for path in gone)})")
 

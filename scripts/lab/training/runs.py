@@ -28,15 +28,20 @@ def find_checkpoint(resume: Path | None) -> Path | None:
     if resume is None or resume.is_file() or (resume / _LAST).exists():
         return resume / _LAST if resume and resume.is_dir() else resume
     # A kill between removing the old last.pth.tar and renaming the new one into place.
-    numbered = [path for path in resume.glob("checkpoint-*.pth.tar") if path.name[11:-8].isdecimal()]
-    newest_first = sorted(numbered, key=lambda path: int(path.name[11:-8]), reverse=True)
-    for path in (resume / _PARTIAL, *newest_first):
+    newest_first = sorted(numbered_checkpoints(resume).items(), reverse=True)
+    for path in (resume / _PARTIAL, *(path for _, path in newest_first)):
         try:
             read_checkpoint(path, None)
         except UserError:
             continue
         return path
     return None
+
+
+def numbered_checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a run that have their epoch in their name, by epoch."""
+    found = {path.name[11:-8]: path for path in folder.glob("checkpoint-*.pth.tar")}
+    return {int(number): path for number, path in found.items() if number.isdecimal()}
 
 
 def measure(args: argparse.Namespace) -> str:
