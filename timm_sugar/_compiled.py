@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from timm_sugar import _torch
-from timm_sugar.surrogate import Formula, Surrogate, get_surrogate, known_surrogate, surrogate_derivative
+from timm_sugar.surrogate import Formula, Surrogate, find_surrogate, known_surrogate, surrogate_derivative
 
 _CHUNK = 1 << 17  # elements, from which on a CPU's gradient is compiled; so many intermediate results stay in its cache
 _WORTHWHILE = 1 << 14  # elements, from which on a compiled gradient is faster on a CPU if it is there already
@@ -44,7 +44,7 @@ class Kind(NamedTuple):
     def of(cls, x: Tensor, surrogate: str | Surrogate) -> Kind:
         """The kind of kernel for a dense tensor: on a GPU, loads are vectorised in rows of 16 elements alone."""
         width = 1 if x.is_cpu or x.numel() % 16 else 16
-        found = get_surrogate(surrogate)
+        found = find_surrogate(surrogate)
         return cls(found.name, found.formula, x.dtype, x.device, width)
 
     @property

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from timm_sugar import _torch
 from timm_sugar._places import Place, find_places, is_in_place
 from timm_sugar.activation import SUGAR
 from timm_sugar.surrogate import get_surrogate, list_surrogates
@@ -76,7 +77,7 @@ class Change:
         if isinstance(new, nn.Module) and isinstance(old, nn.Module):
             new.train(old.training)
             settings = {
-                "inplace",
+                *("inplace", "_compiled_call_impl"),  # the latter calls the old module
                 *getattr(old, "__constants__", ()),
                 *(vars(SUGAR()) if isinstance(old, SUGAR) else ()),
                 # A type of one's own may call its parameter alpha, too; as an attribute it would hide SUGAR's.
@@ -148,6 +149,7 @@ def _set(owner: nn.Module, key: str, new: Any) -> None:
     if not isinstance(new, nn.Module) and key in owner._modules:
         delattr(owner, key)  # a function can't be assigned over a module
     setattr(owner, key, new)
+    _torch.rebind_compiled(owner)
 
 
 def _input_of(node: torch.fx.Node) -> torch.fx.Node:

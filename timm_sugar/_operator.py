@@ -236,10 +236,11 @@ class RunTimeValues:
     """
 
     def __init__(self, values: list[float]) -> None:
-        self.single, self.double = (
-            [torch.tensor(value, dtype=dtype, device="cpu") for value in values]
-            for dtype in (torch.float32, torch.float64)  # the latter for float64 alone: MPS and some GPUs have none
-        )
+        with torch.inference_mode(False):  # compiled code saves them for a backward pass
+            self.single, self.double = (
+                [torch.tensor(value, dtype=dtype, device="cpu") for value in values]
+                for dtype in (torch.float32, torch.float64)  # the latter for float64 alone: MPS and some GPUs have none
+            )
 
 
 def apply_scheduled(x: Tensor, surrogate: str, values: RunTimeValues, formula: str) -> Tensor:

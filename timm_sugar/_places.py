@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Collection, Iterator
+import inspect
+import types
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from timm_sugar.activation import SUGAR
+from timm_sugar import _torch
+from timm_sugar.activation import SUGAR, sugar
 from timm_sugar.surrogate import Surrogate, get_surrogate, known_surrogate
 
 # Each type or function with the surrogate that has its derivative, or the nearest one: ReLU's for ReLU6, SiLU's for
@@ -85,15 +88,16 @@ def is_activation(module: nn.Module, types: Collection[Any] = ()) -> bool:
 
 
 def is_activation_function(function: Any, types: Collection[Any] = ()) -> bool:
-    """Whether a callable is a hidden activation as a function: torch's (`F.gelu`), timm's, or a partial of one."""
+    """Whether a callable is a hidden activation as a function: torch's (`F.gelu`), timm's, `sugar`, or one of them
+    as a partial or compiled."""
     function = _unwrapped(function)
     if isinstance(function, (nn.Module, type)) or not callable(function):
         return False
-    return _qualified(function) in _BY_NAME or any(function is known for known in (*_FUNCTIONS, *types))
+    return _qualified(function) in _BY_NAME or any(function is known for known in (*_FUNCTIONS, sugar, *types))
 
 
 def _unwrapped(function: Any) -> Any:
-    return function.func if isinstance(function, functools.partial) else function
+    return _torch.uncompiled(function.func if isinstance(function, functools.partial) else function)
 
 
 def own_surrogate(activation: Any) -> Surrogate:
@@ -103,6 +107,8 @@ def own_surrogate(activation: Any) -> Surrogate:
     """
     if isinstance(activation, SUGAR):
         return activation_of(activation)
+    if _unwrapped(activation) is sugar:
+        return _surrogate_of_call(activation)
     if isinstance(activation, nn.Module):
         name, settings = _known_type(type(activation)), vars(activation)
     else:
@@ -114,8 +120,16 @@ def own_surrogate(activation: Any) -> Surrogate:
     if name == "leaky_relu" and ("lower" in settings or name_of(activation).startswith("rrelu")):
         lower, upper = settings.get("lower", 1 / 8), settings.get("upper", 1 / 3)  # PyTorch's defaults
         settings = {"negative_slope": (lower + upper) / 2}  # the mean slope
+    if name_of(activation).lower().startswith("celu"):
+        settings = {}  # its slope is 1 on both sides of 0, as ELU's is with alpha 1 alone
     given = {key: settings[key] for key in get_surrogate(name).parameters if key in settings}
     return get_surrogate(name, **given)
+
+
+def _surrogate_of_call(function: Any) -> Surrogate:
+    """The surrogate of `sugar`, or of a partial of it."""
+    given = {key: value for key, value in getattr(function, "keywords", {}).items() if key != "save_memory"}
+    return get_surrogate(given.pop("surrogate", "bsilu"), **given)
 
 
 def activation_of(module: SUGAR) -> Surrogate:
@@ -156,6 +170,9 @@ class Place:
         """Surrogate, parameter values and formula if SUGAR is here already."""
         if isinstance(self.activation, SUGAR):
             return self.activation.surrogate, self.activation.values, self.activation.formula
+        if _unwrapped(self.activation) is sugar:
+            surrogate = _surrogate_of_call(self.activation)
+            return surrogate.name, surrogate.values, surrogate.formula
         if isinstance(self.key, torch.fx.Node) and self.activation in SUGAR_OPERATORS:
             _, name, values, formula = self.key.args
             return name, list(values), formula  # type: ignore[return-value, arg-type]
@@ -166,15 +183,22 @@ def is_in_place(place: Place) -> bool:
     """Whether an activation overwrites its input."""
     if isinstance(place.activation, nn.Module):
         return bool(getattr(place.activation, "inplace", False) or getattr(place.activation, "overwrites", False))
-    if isinstance(place.key, torch.fx.Node):
-        return bool(place.arguments().get("inplace", False) or name_of(place.activation).endswith("_"))
-    return name_of(place.activation).endswith("_")
+    given = place.arguments() if isinstance(place.key, torch.fx.Node) else getattr(place.activation, "keywords", {})
+    return bool(given.get("inplace", False) or name_of(place.activation).endswith("_"))
+
+
+def overwrites_input(place: Place, args: Collection[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function that a module keeps overwrites its input when it is called with these further arguments."""
+    given = {**dict(zip(_ARGUMENTS.get(name_of(place.activation), ("inplace",)), args, strict=False)), **kwargs}
+    return is_in_place(place) or given.get("inplace") is True
 
 
 def find_places(model: nn.Module, types: Collection[Any] = ()) -> Iterator[Place]:
     """Find every hidden activation below a model, SUGAR among them."""
     for prefix, owner in model.named_modules():
         dot = f"{prefix}." if prefix else ""
+        if _is_fused(owner):
+            continue
         for key, child in owner._modules.items():
             if child is not None and is_activation(child, types):
                 yield Place(dot + key, child, owner, key)
@@ -193,50 +217,123 @@ def find_places(model: nn.Module, types: Collection[Any] = ()) -> Iterator[Place
                     yield Place(dot + node.name, node.target, owner, node)
 
 
+_CALLED = frozenset(
+    {"relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish", "sugar"}
+)
+
+
 def find_leftovers(model: nn.Module, types: Collection[Any] = ()) -> dict[str, str]:
     """Find activations that can't be replaced where they sit, and modules that only behave like one: {name: why}."""
     found: dict[str, str] = {}
     replaced = {id(place.activation) for place in find_places(model, types)}
     for prefix, owner in model.named_modules():
-        dot = f"{prefix}." if prefix else ""
         if isinstance(owner, torch.jit.ScriptModule):
             if getattr(owner, "original_name", "") in {kind.__name__ for kind in _TYPES}:
                 found[prefix] = f"a scripted {owner.original_name}"
             continue
-        for key, value in vars(owner).items():
-            if not key.startswith("_") and id(value) not in replaced and (why := _why_out_of_reach(value, types)):
-                found[dot + key] = why
-        for kind in type(owner).__mro__[: type(owner).__mro__.index(nn.Module)]:
-            for key, value in vars(kind).items():
-                value = value.__func__ if isinstance(value, staticmethod) else value
-                reached = key in vars(owner) or key in owner._modules or id(value) in replaced
-                if not reached and (_is_either(value, types) or _why_out_of_reach(value, types, methods=False)):
-                    found[dot + key] = "an attribute of the class"
-        if prefix and not is_activation(owner, types) and _behaves_like_relu(owner):
-            found[prefix] = f"{type(owner).__name__} behaves like a smooth ReLU: pass types=({type(owner).__name__},)"
+        found |= _out_of_reach(prefix, owner, replaced, lambda value: _is_either(value, types), _CALLED)
+        if _is_fused(owner):
+            found[prefix] = "fused with its layer: sugarize before fuse_modules"
+        elif "RNN" in type(owner).__name__ and getattr(owner, "nonlinearity", None) == "relu":
+            found[prefix] = "computes ReLU itself"
+        elif prefix and not is_activation(owner, types) and _behaves_like_relu(owner):
+            found[prefix] = f"{type(owner).__name__} behaves like a ReLU: pass types=({type(owner).__name__},)"
     return found
+
+
+def find_sugar_left(model: nn.Module) -> dict[str, str]:
+    """Find SUGAR that `to_relu` can't replace: {name: why}. A function that a forward calls is not looked into."""
+    found: dict[str, str] = {}
+    replaced = {id(place.activation) for place in find_places(model)}
+    for prefix, owner in model.named_modules():
+        if isinstance(owner, SUGAR):
+            continue
+        if isinstance(owner, torch.jit.ScriptModule):
+            inside = any(f"{prefix}.".startswith(f"{name}." if name else "") for name in found)
+            if not inside and hasattr(owner, "forward") and "timm_sugar::" in str(owner.inlined_graph):
+                found[prefix or type(model).__name__] = "scripted"
+            continue
+        found |= _out_of_reach(prefix, owner, replaced, _is_sugar, {"sugar"})
+        for kind in _own_types(owner):
+            for key, value in vars(kind).items():
+                if (
+                    key != "__init__"
+                    and isinstance(value := inspect.unwrap(value), types.FunctionType)
+                    and _calls_sugar(value)
+                ):
+                    found[_dotted(prefix, key)] = "calls sugar()"
+    return found
+
+
+def _out_of_reach(
+    prefix: str, owner: nn.Module, replaced: set[int], wanted: Callable[[Any], bool], called: Collection[str]
+) -> dict[str, str]:
+    """Wanted activations that a module or its class keeps where they can't be exchanged: {name: why}."""
+    found = {}
+    for key, value in vars(owner).items():
+        if not key.startswith("_") and id(value) not in replaced and (why := _why_out_of_reach(value, wanted, called)):
+            found[_dotted(prefix, key)] = why
+    for kind in _own_types(owner):
+        for key, value in vars(kind).items():
+            value = value.__func__ if isinstance(value, staticmethod) else value
+            reached = key in vars(owner) or key in owner._modules or id(value) in replaced
+            if not reached and (wanted(value) or _why_out_of_reach(value, wanted, ())):
+                found[_dotted(prefix, key)] = "an attribute of the class"
+    return found
+
+
+def _dotted(prefix: str, key: str) -> str:
+    return f"{prefix}.{key}" if prefix else key
+
+
+def _own_types(module: nn.Module) -> tuple[type, ...]:
+    """The type of a module and those that it inherits from, up to nn.Module."""
+    return type(module).__mro__[: type(module).__mro__.index(nn.Module)]
 
 
 def _is_either(value: Any, types: Collection[Any]) -> bool:
     return is_activation(value, types) if isinstance(value, nn.Module) else is_activation_function(value, types)
 
 
-def _why_out_of_reach(value: Any, types: Collection[Any], methods: bool = True) -> str:
+def _is_sugar(value: Any) -> bool:
+    return isinstance(value, SUGAR) or _unwrapped(value) is sugar
+
+
+def _is_fused(module: nn.Module) -> bool:
+    """Whether torch.ao has fused a layer with the ReLU behind it, which its quantisation computes itself."""
+    return type(module).__module__.startswith("torch.ao.nn.intrinsic") and "ReLU" in type(module).__name__
+
+
+def _why_out_of_reach(value: Any, wanted: Callable[[Any], bool], called: Collection[str]) -> str:
     """What holds an activation without being one: a container, a lambda, a method; empty if nothing of that kind."""
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
-    if any(_is_either(item, types) for item in inside):
+    if any(map(wanted, inside)):
         return f"in a {type(value).__name__}"
     known = (getattr(value, "__module__", "") or "").startswith(("torch.", "timm.layers."))
-    code = getattr(value, "__code__", None) if methods and not known else None
-    called = {name.rstrip("_") for name in code.co_names} if code else set()
-    if called & {"relu", "relu6", "leaky_relu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish"}:
+    code = getattr(value, "__code__", None) if not known else None
+    if code and {name.rstrip("_") for name in code.co_names} & set(called):
         return "called inside a function"
     return ""
+
+
+def _calls_sugar(function: types.FunctionType) -> bool:
+    """Whether the code of a function names `sugar`, also below another name or inside of an inner function."""
+    codes = [function.__code__]
+    while codes:
+        code = codes.pop()
+        if any(name == "sugar" or function.__globals__.get(name) is sugar for name in code.co_names):
+            return True
+        codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+    return False
 
 
 def _behaves_like_relu(module: nn.Module) -> bool:
     """Whether a leaf without weights is close to ReLU far from 0 on both sides."""
     own = [*module.children(), *module.parameters(), *module.buffers()]
+    if isinstance(module, nn.Hardtanh):
+        return module.min_val == 0  # as ReLU6
+    if isinstance(module, nn.Threshold):
+        return module.threshold == module.value == 0
     if own or (type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, nn.Softplus)):
         return False
     try:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,15 +77,35 @@ def share_within(model: nn.Module, activations: list[nn.Module]) -> None:
     scope = Scope()
     for activation in activations:
         vars(activation)["scope"] = scope
+    _hook(model, scope)
+
+
+def _hook(model: nn.Module, scope: Scope) -> None:
     model.register_forward_pre_hook(scope.open)
     model.register_forward_hook(scope.close, always_call=True)
+
+
+def keep_sharing(model: nn.Module) -> Callable[[], None]:
+    """Return what lets a model, and models inside, share memory again as they do now."""
+    scopes = [(module, vars(module)["scope"]) for module in model.modules() if "scope" in vars(module)]
+    hooks = [(module, hook) for module in model.modules() for hook in _torch.forward_hooks(module)[1].values()]
+    opened = [(module, hook.__self__) for module, hook in hooks if isinstance(getattr(hook, "__self__", None), Scope)]
+
+    def restore() -> None:
+        unshare_within(model)
+        for module, scope in scopes:
+            vars(module)["scope"] = scope
+        for module, scope in opened:
+            _hook(module, scope)
+
+    return restore
 
 
 def unshare_within(model: nn.Module) -> None:
     """Remove what `share_within` has added to a model or to models inside."""
     for module in model.modules():
         if isinstance(vars(module).get("scope"), Scope):
-            vars(module)["scope"] = None
+            vars(module)["scope"] = Scope()  # nobody calls it, so nothing is shared; None is for sharing anywhere
         for hooks in _torch.forward_hooks(module):
             for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), Scope)]:
                 del hooks[key]

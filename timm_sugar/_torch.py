@@ -437,6 +437,18 @@ def saved_names(kind: type) -> list[str]:
     return [name for name in dir(kind) if name.startswith("_raw_saved_")]
 
 
+def rebind_compiled(module: torch.nn.Module) -> None:
+    """Let a module of `torch.compile` call what it wraps now; any other is left."""
+    if (type(module).__module__, type(module).__name__) == ("torch._dynamo.eval_frame", "OptimizedModule"):
+        module.__setstate__(module.__getstate__())  # torch 2.6 to 2.14: binds its forward
+
+
+def uncompiled(function: Any) -> Any:
+    """The function that `torch.compile` made another of; any other as it is."""
+    # torch 2.6 to 2.14
+    return inspect.unwrap(function) if "_torchdynamo_orig_callable" in getattr(function, "__dict__", {}) else function
+
+
 def find_scripted_model() -> torch.nn.Module | None:
     """The model that torch.jit.script has been called with, if it is preparing one.
 

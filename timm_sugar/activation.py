@@ -12,7 +12,14 @@ from timm_sugar import _torch
 from timm_sugar._compiled import prepare_all
 from timm_sugar._operator import RunTimeValues, apply, apply_scheduled, uses_relu_gradient
 from timm_sugar._saved_tensors import find_call, remember_value, share_saved, unshare_within
-from timm_sugar.surrogate import Surrogate, get_surrogate, known_surrogate, list_surrogates, takes_tensors
+from timm_sugar.surrogate import (
+    Surrogate,
+    find_surrogate,
+    get_surrogate,
+    known_surrogate,
+    list_surrogates,
+    takes_tensors,
+)
 
 
 def sugar(x: Tensor, surrogate: str | Surrogate = "bsilu", *, save_memory: bool = False, **parameters: float) -> Tensor:
@@ -38,7 +45,7 @@ def sugar(x: Tensor, surrogate: str | Surrogate = "bsilu", *, save_memory: bool 
         >>> x.grad
         tensor([-0.2500,  1.0000])
     """
-    chosen = get_surrogate(surrogate, **parameters)
+    chosen = get_surrogate(surrogate, **parameters) if parameters else find_surrogate(surrogate)
     if save_memory and not torch.compiler.is_compiling():
         return _apply_sharing(x, chosen.name, chosen.values, chosen.formula, None, None)
     return apply(x, chosen.name, chosen.values, chosen.formula)
@@ -61,10 +68,13 @@ def _apply_sharing(
 def relu_gradient() -> Iterator[None]:
     """Let SUGAR backpropagate ReLU's own derivative, e.g. to attribute or to attack what a deployed model computes.
 
-    Both the forward and the backward pass belong inside. Holds for the thread or asynchronous task that enters it;
-    compiled functions run uncompiled inside. As a decorator it does so for ordinary functions; write `with` inside of
-    generators and `async def`. A checkpoint needs use_reentrant=False: a reentrant one runs the forward pass anew in a
-    thread of autograd's.
+    Both the forward and the backward pass belong inside. Holds for the thread or asynchronous task that enters it. As a
+    decorator it does so for ordinary functions; write `with` inside of `async def`, and in a generator leave the block
+    before each `yield`.
+
+    Compiled functions run uncompiled inside, unless another stance of the compiler is set there; what was compiled
+    ahead of time or exported keeps its gradient. A checkpoint needs use_reentrant=False: a reentrant one runs the
+    forward pass anew in a thread of autograd's.
 
     Raises:
         RuntimeError: if it is entered inside of a compiled function.
@@ -194,6 +204,8 @@ class SUGAR(nn.Module):
             self.set_surrogate(value)
         elif name not in vars(self) and name in self._parameters_by_name():
             self.set_surrogate(**{name: value})
+        elif name == "values" and "formula" in vars(self):
+            self.set_surrogate(**dict(zip(self._parameters_by_name(), value, strict=True)))
         else:
             super().__setattr__(name, value)
 
@@ -244,6 +256,8 @@ class FunctionalSUGAR(SUGAR):
         """relu(input), any shape; what else torch's activation functions take has no effect."""
         if not torch.jit.is_scripting():  # TorchScript knows no super()
             return super().forward(input)
+        if self.overwrites:
+            return input.copy_(apply(input.clone(), self.surrogate, self.values, self.formula))
         return apply(input, self.surrogate, self.values, self.formula)
 
 

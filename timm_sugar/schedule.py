@@ -128,10 +128,13 @@ def _modules(model: Any, function: str) -> list[SUGAR]:
     """The SUGAR modules of a model, the model itself if it is one."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"{function}() needs an nn.Module, not {type(model).__name__}")
-    if any(isinstance(place.key, torch.fx.Node) and place.settings() for place in find_places(model)):
-        raise ValueError(
-            f"{type(model).__name__} holds SUGAR in a graph of torch.fx, with fixed values: change them, then trace"
-        )
+    for place in find_places(model):
+        if place.settings() and not isinstance(place.activation, SUGAR):
+            graph = isinstance(place.key, torch.fx.Node)
+            raise ValueError(
+                f"{place.name} of {type(model).__name__} is {'a call in a graph of torch.fx' if graph else 'sugar()'}, "
+                f"with fixed values: {'change them, then trace' if graph else 'keep timm_sugar.SUGAR() there'}"
+            )
     modules = [module for module in model.modules() if isinstance(module, SUGAR)]
     if not modules:
         raise ValueError(f"there is no SUGAR module in {type(model).__name__}: sugarize() it before")

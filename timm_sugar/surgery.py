@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -19,12 +18,14 @@ from timm_sugar._places import (
     Place,
     find_leftovers,
     find_places,
+    find_sugar_left,
     is_activation,
     is_in_place,
     name_of,
+    overwrites_input,
     own_surrogate,
 )
-from timm_sugar._saved_tensors import share_within, unshare_within
+from timm_sugar._saved_tensors import keep_sharing, share_within, unshare_within
 from timm_sugar.activation import SUGAR, FunctionalSUGAR
 from timm_sugar.surrogate import Surrogate, get_surrogate
 
@@ -154,7 +155,7 @@ def _sugarize(
 
 def _output_of_relu(model: nn.Module, plan: Mapping[Place, New], example: Any) -> Any:
     """What a model returns with ReLU in the places of a plan, in place where the activation there is."""
-    changes = exchange({place: nn.ReLU(is_in_place(place)) for place in plan if _holds_module(place)})
+    changes = exchange({place: _reference(place, new) for place, new in plan.items()})
     try:
         with inference(model):
             return call(model, example)
@@ -163,8 +164,11 @@ def _output_of_relu(model: nn.Module, plan: Mapping[Place, New], example: Any) -
             change.undo()
 
 
-def _holds_module(place: Place) -> bool:
-    return isinstance(place.activation, nn.Module) or isinstance(place.key, torch.fx.Node)
+def _reference(place: Place, new: New) -> New:
+    """ReLU for a place, in place where the activation there is, and called like that one."""
+    if not isinstance(new, FunctionalSUGAR):
+        return nn.ReLU(is_in_place(place))
+    return lambda x, *args, **kwargs: F.relu(x, inplace=overwrites_input(place, args, kwargs))
 
 
 def _check_on_example(model: nn.Module, plan: Mapping[Place, New], example: Any, expected: Any) -> None:
@@ -172,7 +176,7 @@ def _check_on_example(model: nn.Module, plan: Mapping[Place, New], example: Any,
     in_place = {new: place.name for place, new in plan.items() if isinstance(new, nn.Module) and is_in_place(place)}
     seen = watch_example(model, example, in_place)
     for new, name in in_place.items():
-        if isinstance(new, SUGAR) and not isinstance(new, FunctionalSUGAR):
+        if isinstance(new, SUGAR):
             new.overwrites = name in seen.read_again
     if seen.outside:
         found = "; ".join(
@@ -183,9 +187,8 @@ def _check_on_example(model: nn.Module, plan: Mapping[Place, New], example: Any,
             "torch.fx.symbolic_trace(model), or write timm_sugar.sugar() there",
             stacklevel=4,
         )
-    functions = any(not _holds_module(place) for place in plan)
     with inference(model):
-        if not functions and not equal_outputs(call(model, example), expected):
+        if not equal_outputs(call(model, example), expected):
             named = ", ".join(in_place.values()) or "none"
             warnings.warn(
                 f"{type(model).__name__} computes something else than with ReLU in the same places (activations that "
@@ -200,11 +203,14 @@ def to_relu(model: nn.Module) -> Any:
     Args:
         model: any module with SUGAR in it; one that is itself SUGAR comes back as nn.ReLU.
 
+    What it can't replace is named in one warning: calls of `sugar` in a `forward`, SUGAR in a list or in a scripted
+    module. Functions that a `forward` calls are not looked into.
+
     Returns:
         The model.
 
     Raises:
-        ValueError: if there is no SUGAR in it.
+        ValueError: if there is no SUGAR in it that can be replaced.
         TypeError: if it is no module.
 
     Example:
@@ -216,10 +222,16 @@ def to_relu(model: nn.Module) -> Any:
     if isinstance(model, SUGAR):
         return nn.ReLU()
     places = [place for place in find_places(model) if place.settings() is not None]
+    left = find_sugar_left(model)
     if not places:
-        raise ValueError(f"there is no SUGAR activation below {type(model).__name__} to turn into ReLU")
-    unshare_within(model)
+        seen = f" but {_listed(left)}: write F.relu there" if left else ""
+        raise ValueError(f"there is no SUGAR activation below {type(model).__name__} to turn into ReLU{seen}")
     exchange(one_new_for_each_old(places, _relu_for))
+    unshare_within(model)
+    if left:
+        warnings.warn(
+            f"to_relu() left SUGAR of {type(model).__name__}: {_listed(left)}; write F.relu there", stacklevel=2
+        )
     return model
 
 
@@ -270,14 +282,15 @@ def sugarized(model: nn.Module, surrogate: Chosen | Mapping[str, Chosen] = "bsil
         raise ValueError("the model is itself an activation: use sugarize(), which returns the new module")
     parameters = {key: value for key, value in options.items() if key not in _OPTIONS}
     filter_fn, example = options.get("filter_fn"), options.get("example")
+    share_as_before = keep_sharing(model)
     changes = _sugarize(model, surrogate, filter_fn, types, example, save_memory, parameters)
     try:
         yield model
     finally:
-        if save_memory:
-            unshare_within(model)
         for change in reversed(changes):
             change.undo()
+        if save_memory:
+            share_as_before()
 
 
 def _require_module(model: Any, function: str) -> None:
@@ -328,7 +341,7 @@ def resolve_surrogate(surrogate: Any, parameters: dict[str, Any], name: str) -> 
 def _relu_for(place: Place) -> New:
     if isinstance(place.activation, SUGAR) and not isinstance(place.activation, FunctionalSUGAR):
         return nn.ReLU(inplace=place.activation.overwrites)
-    return F.relu
+    return F.relu_ if getattr(place.activation, "overwrites", False) else F.relu
 
 
 def _plan(choose: dict[Place, Surrogate], save_memory: bool) -> dict[Place, New]:

@@ -112,16 +112,9 @@ def get_surrogate(surrogate: str | Surrogate, /, **parameters: Any) -> Surrogate
         >>> timm_sugar.get_surrogate("nelu", alpha=0.05).parameters
         {'alpha': 0.05}
     """
-    if isinstance(surrogate, Surrogate):
-        if (surrogate.name, surrogate.formula) not in _known:
-            raise ValueError(f"surrogate {surrogate.name!r} is not registered: register_surrogate() does it")
-        found = surrogate
-    elif isinstance(surrogate, str) and surrogate in _surrogates:
-        found = _surrogates[surrogate]
-    else:
-        raise ValueError(f"unknown surrogate {surrogate!r}; choose one of {', '.join(list_surrogates())}")
+    found = find_surrogate(surrogate)
     if not parameters:
-        return found
+        return found if found is surrogate else replace(found, parameters=dict(found.parameters))  # the caller's own
     # torch.compile knows no keys() - keys() in torch 2.6 to 2.8.
     unknown = sorted([key for key in parameters if key not in found.parameters])
     if unknown:
@@ -131,9 +124,20 @@ def get_surrogate(surrogate: str | Surrogate, /, **parameters: Any) -> Surrogate
     return replace(found, parameters=values)
 
 
+def find_surrogate(surrogate: str | Surrogate) -> Surrogate:
+    """`get_surrogate` without parameters, as it stands in the table: not to be changed. Raises the same."""
+    if isinstance(surrogate, Surrogate):
+        if (surrogate.name, surrogate.formula) not in _known:
+            raise ValueError(f"surrogate {surrogate.name!r} is not registered: register_surrogate() does it")
+        return surrogate
+    if not isinstance(surrogate, str) or surrogate not in _surrogates:
+        raise ValueError(f"unknown surrogate {surrogate!r}; choose one of {', '.join(list_surrogates())}")
+    return _surrogates[surrogate]
+
+
 def known_surrogate(name: str, formula: str) -> Surrogate:
     """The surrogate that was registered with this formula; today's of the name, if none was in this process."""
-    return _known.get((name, formula)) or get_surrogate(name)
+    return _known.get((name, formula)) or find_surrogate(name)
 
 
 def register_surrogate(
@@ -141,8 +145,9 @@ def register_surrogate(
 ) -> None:
     """Add a surrogate of one's own, so that `surrogate=name` works wherever a built-in name does.
 
-    Both functions are elementwise, made of differentiable torch operations, and take `(x, *values)`. Half-precision
-    inputs reach them as float32. Registering the same surrogate once more, as a notebook does, changes nothing.
+    Both functions are elementwise, made of differentiable torch operations, and take `(x, *values)`. They depend on
+    these alone: whatever else they read, compiled code keeps as it was at first. Half-precision inputs reach them as
+    float32. Registering the same surrogate once more, as a notebook does, changes nothing.
 
     Args:
         name: a new name.
@@ -186,7 +191,7 @@ def register_surrogate(
 def surrogate_derivative(x: Tensor, surrogate: str | Surrogate, values: list[float]) -> Tensor:
     """Compute the derivative of a surrogate at x, any shape, elementwise; for float16 and bfloat16 in float32."""
     half = x.dtype in (torch.float16, torch.bfloat16)
-    return get_surrogate(surrogate).derivative(x.float() if half else x, *values)
+    return find_surrogate(surrogate).derivative(x.float() if half else x, *values)
 
 
 def takes_tensors(surrogate: Surrogate) -> bool:

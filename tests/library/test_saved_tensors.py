@@ -455,6 +455,48 @@ def test_sugarize_switches_sharing_on_and_off_and_to_relu_leaves_no_hooks(replac
 
 
 @pytest.mark.needs_sharing
+def test_after_sugarized_a_model_shares_as_it_did_before(replaced: list[Any]) -> None:
+    model = timm.create_model("test_resnet_sugar")  # which shares
+    outer = torch.nn.Sequential(model)
+    model(images())
+    ours = len(replaced)
+    for surrogate in ("nelu", "bsilu"):  # the second is what the model has
+        with timm_sugar.sugarized(outer, surrogate, save_memory=True):
+            pass
+        replaced.clear()
+        model(images())
+        assert len(replaced) == ours > 0
+        model.forward_features(images())  # a part of the model shares nothing
+        assert len(replaced) == ours
+    assert not outer._forward_hooks
+
+
+@pytest.mark.needs_sharing
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("unshare", ["script", "sugarized"])
+def test_what_no_longer_shares_shares_nothing_under_hooks(unshare: str, replaced: list[Any]) -> None:
+    """A hook writes to values unseen by autograd; gradients are those of a model that never shared."""
+
+    def net() -> torch.nn.Sequential:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4))
+
+    model, x = net(), torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    if unshare == "script":
+        torch.jit.script(timm_sugar.sugarize(model, save_memory=True))
+    else:
+        timm_sugar.sugarize(model, save_memory=True)
+        with timm_sugar.sugarized(model, save_memory=True):
+            pass
+    expected = timm_sugar.sugarize(net())
+    for one in (model, expected):
+        one[1].register_forward_hook(lambda module, inputs, y: y.data.mul_(2))
+        one(x).square().sum().backward()
+    assert not replaced
+    assert torch.equal(model[2].weight.grad, expected[2].weight.grad)
+
+
+@pytest.mark.needs_sharing
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_of_a_model_share_among_themselves(copied: Callable[[Any], Any], replaced: list[Any]) -> None:
     model = timm.create_model("test_resnet_sugar")

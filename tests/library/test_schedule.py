@@ -4,6 +4,7 @@ compiled anew."""
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 import math
 import pickle
@@ -16,7 +17,7 @@ from fgi import SETTINGS, slope
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from timm_sugar import SUGAR, SurrogateSchedule, _compiled, _torch, register_surrogate, set_surrogate
+from timm_sugar import SUGAR, SurrogateSchedule, _compiled, _torch, register_surrogate, set_surrogate, sugar
 from timm_sugar import surrogate as surrogate_module
 from timm_sugar.surgery import sugarize
 
@@ -313,3 +314,29 @@ def test_bad_schedules_are_refused_in_one_line_and_change_nothing(
         SurrogateSchedule(module, **arguments)
     assert "\n" not in str(caught.value)
     assert module.alpha == 1.67
+
+
+def test_a_function_is_refused_by_name() -> None:
+    model = sugarize(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    model.act = functools.partial(sugar, alpha=0.5)
+    with pytest.raises(ValueError, match="act of Sequential is sugar\\(\\), with fixed values"):
+        set_surrogate(model, alpha=0.3)
+
+
+def test_values_that_are_assigned_hold_as_set_ones_do() -> None:
+    module = SUGAR(surrogate="nelu")
+    module.set_surrogate(alpha=0.2)
+    module.values = [0.3]
+    assert module.alpha == 0.3
+    assert module.run_time.double[0] == 0.3
+    with pytest.raises(ValueError, match="alpha"):
+        module.values = [-1.0]
+
+
+def test_values_that_are_set_in_inference_mode_train() -> None:
+    module = SUGAR(surrogate="nelu")
+    with torch.inference_mode():
+        module.set_surrogate(alpha=0.5)
+    x = torch.tensor([-1.0], requires_grad=True)
+    torch.compile(module, backend="aot_eager")(x).sum().backward()
+    torch.testing.assert_close(x.grad, torch.tensor([-0.25]))

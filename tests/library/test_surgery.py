@@ -19,7 +19,7 @@ from fgi import FGI, inject, slope
 from timm.models.nfnet import GammaAct
 from torch import Tensor, nn
 
-from timm_sugar import SUGAR, get_surrogate, list_activations, replace_activations, sugarize, sugarized, to_relu
+from timm_sugar import SUGAR, get_surrogate, list_activations, replace_activations, sugar, sugarize, sugarized, to_relu
 from timm_sugar._places import find_places
 from timm_sugar.activation import FunctionalSUGAR
 
@@ -824,7 +824,7 @@ def test_types_of_ones_own_and_subclasses_that_add_nothing_are_replaced() -> Non
 
 
 def test_error_names_what_was_seen_and_the_way_through_a_graph() -> None:
-    with pytest.raises(ValueError, match=r"0 \(Smooth behaves like a smooth ReLU.*symbolic_trace"):
+    with pytest.raises(ValueError, match=r"0 \(Smooth behaves like a ReLU.*symbolic_trace"):
         sugarize(nn.Sequential(Smooth()))
 
 
@@ -1060,3 +1060,167 @@ def test_an_example_through_a_whole_model_warns_of_nothing() -> None:
     assert model.training
     with pytest.warns(UserWarning, match="relu_ in forward"):  # its last ReLU is a call
         sugarize(torchvision.models.DenseNet(4, (1, 1), 8), example=torch.randn(2, 3, 32, 32))
+
+
+# --- activations that were compiled by themselves
+
+
+def compiled_by_itself(how: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 2)).double()
+    if how == "compile(module)":
+        model[1] = torch.compile(model[1], backend="eager")
+    else:
+        model[1].compile(backend="eager")
+    model(net_input())  # is compiled now
+    return model
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # dynamo reads it
+@pytest.mark.parametrize("how", ["compile(module)", "module.compile()"])
+def test_an_activation_that_was_compiled_by_itself_runs_no_more(how: str) -> None:
+    x = net_input()
+    plain = nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 2)).double()
+    model = compiled_by_itself(how)
+    plain.load_state_dict({name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()})
+    as_gelu = plain(x)
+    as_relu = nn.Sequential(plain[0], nn.ReLU(), plain[2])(x)
+    injected = gradients(sugarize(copy.deepcopy(plain), "nelu", alpha=0.3), x)
+    with sugarized(model, "nelu", alpha=0.3):
+        assert torch.equal(model(x), as_relu)
+        torch.testing.assert_close(gradients(model, x), injected)
+    assert torch.equal(model(x), as_gelu)
+    sugarize(model, "bsilu")
+    sugarize(model, "nelu", alpha=0.3)  # once more, with SUGAR there
+    torch.testing.assert_close(gradients(model, x), injected)
+    replace_activations(model, nn.GELU)
+    assert torch.equal(model(x), as_gelu)
+    to_relu(sugarize(model))
+    assert torch.equal(model(x), as_relu)
+    assert set(list_activations(model).values()) == {"ReLU"}
+
+
+@pytest.mark.parametrize("compiled", [lambda f: torch.compile(f, backend="eager"), functools.partial])
+def test_a_function_that_was_compiled_is_known(compiled: Callable[..., Any]) -> None:
+    model = net(compiled(F.gelu))
+    assert report(model) == {"act": "SiLU", "act_fn": "gelu"}
+    assert type(model.act_fn) is FunctionalSUGAR
+
+
+# --- SUGAR that was written by hand
+
+
+another_name = sugar
+
+
+class ByHand(nn.Module):
+    """Calls SUGAR in each way that `to_relu` can't replace, and in two that it can."""
+
+    in_class = SUGAR()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act, self.function = SUGAR(), functools.partial(another_name, surrogate="nelu", alpha=0.3)
+        self.bare = sugar
+        self.in_list = [SUGAR()]
+        self.relus = [nn.ReLU()]  # these are no business of to_relu
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.function(self.in_list[0](F.relu(x))))
+
+    def block(self, x: Tensor) -> Tensor:
+        return next(sugar(y) for y in (x,))
+
+    def renamed(self, x: Tensor) -> Tensor:
+        return another_name(x)
+
+
+@JIT_IS_DEPRECATED
+def test_to_relu_names_the_sugar_that_it_cannot_replace() -> None:
+    model = nn.ModuleDict({"h": ByHand(), "scripted": torch.jit.script(nn.Sequential(SUGAR()))})
+    with pytest.warns(UserWarning, match="to_relu\\(\\) left SUGAR of ModuleDict") as caught:
+        to_relu(model)
+    assert len(caught) == 1
+    text = str(caught[0].message)
+    for found in (
+        *("h.in_list (in a list)", "h.in_class (an attribute of the class)", "scripted (scripted)"),
+        *("h.block (calls sugar())", "h.renamed (calls sugar())"),
+    ):
+        assert found in text
+    assert text.count("(") - text.count("()") == 5  # and names nothing else
+    assert (type(model["h"].act), model["h"].function, model["h"].bare) == (nn.ReLU, F.relu, F.relu)
+    with pytest.raises(ValueError, match=r"no SUGAR activation below ByHand.*block \(calls sugar\(\)\)"):
+        to_relu(model["h"])
+
+
+def test_sugar_kept_as_a_function_is_an_activation_with_its_settings() -> None:
+    x, model = net_input(), net(functools.partial(sugar, surrogate="nelu", alpha=0.3))
+    assert list_activations(model) == {"act": "SiLU", "act_fn": "sugar"}
+    expected = gradients(sugarize(net(F.relu), "nelu", alpha=0.3), x)
+    sugarize(model, {"act": get_surrogate("nelu", alpha=0.3), "act_fn": "same"})
+    torch.testing.assert_close(gradients(model, x), expected)
+    sugarize(model, "bsilu", alpha=0.7)
+    torch.testing.assert_close(gradients(model, x), gradients(sugarize(net(F.relu), "bsilu", alpha=0.7), x))
+
+
+# --- functions that overwrite their input
+
+
+class OverwritesByFunction(nn.Module):
+    def __init__(self, act: Callable[..., Tensor], *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.act, self.args, self.kwargs = act, args, kwargs
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        h = x + 0
+        self.act(h, *self.args, **self.kwargs)
+        return self.last(x - h)
+
+
+def test_a_function_that_overwrites_its_input_does_so_with_an_example() -> None:
+    x = torch.randn(5, 4)
+    for act in (F.relu_, functools.partial(F.relu, inplace=True)):
+        model = OverwritesByFunction(act)
+        expected = model(x)
+        sugarize(model, example=x)
+        assert torch.equal(model(x), expected)
+        oracle = OverwritesByFunction(lambda h: h.copy_(sugar(h.clone())))
+        torch.testing.assert_close(gradients(model, x), gradients(oracle, x))
+        assert torch.equal(to_relu(model)(x), expected)
+
+
+@pytest.mark.parametrize(("args", "kwargs"), [((True,), {}), ((), {"inplace": True})])
+def test_an_example_shows_a_call_that_asks_a_function_to_overwrite(args: Any, kwargs: Any) -> None:
+    model = OverwritesByFunction(F.relu, *args, **kwargs)
+    with pytest.warns(UserWarning, match="computes something else"):
+        sugarize(model, example=torch.randn(5, 4))
+
+
+# --- what looks like an activation of ours and isn't
+
+
+@pytest.mark.parametrize(
+    ("module", "why"),
+    [
+        (nn.RNN(2, 2, nonlinearity="relu"), "computes ReLU itself"),
+        (nn.RNNCell(2, 2, nonlinearity="relu"), "computes ReLU itself"),
+        (nn.Threshold(0.0, 0.0), "types=\\(Threshold,\\)"),
+        (nn.Hardtanh(0.0, 6.0), "types=\\(Hardtanh,\\)"),
+        (torch.ao.nn.intrinsic.ConvReLU2d(nn.Conv2d(1, 1, 1), nn.ReLU()), "sugarize before fuse_modules"),
+        (torch.ao.nn.intrinsic.qat.LinearReLU(2, 2, qconfig=torch.ao.quantization.default_qconfig), "fuse_modules"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_layer_that_computes_relu_itself_is_named(module: nn.Module, why: str) -> None:
+    with pytest.warns(UserWarning, match=rf"left activations of Sequential: 1 \(.*{why}"):
+        sugarize(nn.Sequential(nn.ReLU(), module))
+
+
+def test_same_gives_celu_a_slope_of_1_at_0() -> None:
+    model = sugarize(nn.Sequential(nn.CELU(2.0)), "same")
+    x = torch.tensor([-1e-6, 1.0], requires_grad=True)
+    model(x).sum().backward()
+    torch.testing.assert_close(x.grad, torch.ones(2))

@@ -74,6 +74,11 @@ def test_nelu_does_not_run_with_the_alpha_of_bsilu() -> None:
 # --- formulas
 
 
+def test_a_callers_parameters_are_their_own() -> None:
+    get_surrogate("nelu").parameters["alpha"] = 7.0
+    assert get_surrogate("nelu").parameters == {"alpha": 0.01}
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("default", [True, False])
 def test_derivative_is_the_central_difference_of_the_primitive(name: str, default: bool) -> None:
@@ -327,7 +332,7 @@ def test_a_built_in_name_is_taken(name: str, overwrite: bool) -> None:
     before = get_surrogate(name)
     with pytest.raises(ValueError, match=f"'{name}' exists already: choose another name$"):
         register_surrogate(name, derivative=softplus_slope, overwrite=overwrite, beta=1.0)
-    assert get_surrogate(name) is before
+    assert get_surrogate(name) == before
 
 
 def test_the_same_cell_of_a_notebook_runs_twice_and_another_formula_needs_overwrite() -> None:
