@@ -415,7 +415,22 @@ def test_other_files_under_a_version_that_is_out_are_refused(folder: Path, hub: 
     edit_weights(folder, lambda w: w["fc.bias"].add_(1))
     with pytest.raises(UserError, match="raise the version"):
         push(client(hub), REPO, folder, private=False)
+    with pytest.raises(UserError, match="raise the version"):
+        plan(client(hub), REPO, folder, private=False)
     assert len(hub.repos[REPO].commits) == 2
+
+
+def test_a_tag_of_this_version_on_other_files_is_refused_though_main_is_the_folder(
+    folder: Path, hub: LoopbackHub
+) -> None:
+    push(client(hub), REPO, folder, private=False)
+    repo = hub.repos[REPO]
+    repo.tags[f"v{__version__}"] = repo.commit({**repo.files, "README.md": b"another"})
+    repo.commit(dict(list(repo.commits.values())[1]))
+    assert changes(client(hub), REPO, folder) == []
+    for call in (push, plan):
+        with pytest.raises(UserError, match=r"has v.* with other files: raise the version"):
+            call(client(hub), REPO, folder, private=False)
 
 
 def test_private_repository_stays_private_and_can_be_opened_later(folder: Path, hub: LoopbackHub) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import yaml
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.weightstats import DescrStatsW
+from statsmodels.stats.weightstats import CompareMeans, DescrStatsW, ttost_paired
 
 ROOT = Path(__file__).resolve().parents[2]
 CELL = re.compile(r"(\*\*)?`([^`]+)` ([+-][\d.]+) \[([+-][\d.]+), ([+-][\d.]+)\]")
@@ -54,3 +54,56 @@ def test_overview_is_that_of_other_code() -> None:
     survive = multipletests(np.nan_to_num(p_values, nan=1.0), 0.05, "holm")[0]
     assert len(lines) >= 8
     assert list(survive) == shown
+
+
+TUNED = sorted(
+    path.stem
+    for path in (ROOT / "scripts/reproduce").glob("*.yaml")
+    if "tune" in yaml.safe_load(path.read_text()) and (ROOT / "results" / f"{path.stem}.md").exists()
+)
+CONTRAST = re.compile(
+    r"\| `([^`]+)` - `([^`]+)` \| (\d+) \| (.*?) \[(.*?), (.*?)\] \| (.*?) \[(.*?), (.*?)\] \| (.*?) \| (.*?) \|"
+)
+
+
+def p_value(text: str) -> float:
+    return 0.0005 if text.startswith("<") else float(text)
+
+
+@pytest.mark.parametrize("name", TUNED)
+def test_page_of_a_tuned_table_is_that_of_other_code(name: str) -> None:
+    """Contrasts, Holm's correction, equivalence, and the rates chosen, from the CSV file alone."""
+    page, top = (ROOT / "results" / f"{name}.md").read_text(), tops(name)
+    tuning: dict[str, dict[str, float]] = defaultdict(dict)
+    settings = yaml.safe_load((ROOT / "scripts/reproduce" / f"{name}.yaml").read_text())
+    for row in csv.DictReader((ROOT / "results" / f"{name}.csv").read_text().splitlines()):
+        if row["phase"] == "tune" and row["status"] == "done" and int(row["seed"]) in settings["tune"]["seeds"]:
+            tuning[row["variant"]][row["lr"]] = float(row["top1"])
+    for variant, rate in re.findall(r"^\| `([^`]+)` \| ([\d.]+) \| \d+ \| [\d.]+ ±", page, re.MULTILINE):
+        assert float(max(tuning[variant], key=lambda lr: tuning[variant][lr])) == float(rate), variant
+
+    found, corrected = CONTRAST.findall(page), {}
+    assert len(found) >= 2
+    for one, other, n, *numbers, p, holm in found:
+        seeds = sorted(top[one].keys() & top[other].keys())
+        pairs = DescrStatsW([top[one][seed] - top[other][seed] for seed in seeds])
+        welch = CompareMeans(DescrStatsW(list(top[one].values())), DescrStatsW(list(top[other].values())))
+        expected = [pairs.mean, *pairs.tconfint_mean(0.05)]
+        expected += [
+            np.mean(list(top[one].values())) - np.mean(list(top[other].values())),
+            *welch.tconfint_diff(0.05, usevar="unequal"),
+        ]
+        assert int(n) == len(seeds)
+        assert [float(number) for number in numbers] == pytest.approx(expected, abs=0.0051), (one, other)
+        assert p_value(p) == pytest.approx(pairs.ttest_mean(0)[1], abs=0.00051)
+        if holm != "primary":
+            corrected[one, other] = pairs.ttest_mean(0)[1], p_value(holm)
+    adjusted = multipletests([p for p, _ in corrected.values()], 0.05, "holm")[1]
+    assert [p for _, p in corrected.values()] == pytest.approx(list(adjusted), abs=0.00051)
+
+    ((one, other, tost),) = re.findall(r"^- `([^`]+)` - `([^`]+)` is .*TOST p (<?[ \d.]+)", page, re.MULTILINE)
+    seeds, margin = sorted(top[one].keys() & top[other].keys()), settings.get("margin") or 1.0
+    equivalent = ttost_paired(
+        *(np.array([top[variant][seed] for seed in seeds]) for variant in (one, other)), -margin, margin
+    )[0]
+    assert p_value(tost) == pytest.approx(equivalent, abs=0.00051)

@@ -60,11 +60,14 @@ def check_token(api: HfApi, org: str) -> None:
 
 
 def plan(api: HfApi, repo_id: str, folder: Path, private: bool) -> list[str]:
-    """What a push would do, one line each: `changes`, the tag, and who can see the repository; empty if nothing."""
+    """What a push would do, one line each: `changes`, the tag, and who can see the repository; empty if nothing.
+
+    Raises UserError as `push` would before it changes anything.
+    """
     lines, version = changes(api, repo_id, folder), f"v{__version__}"
     with _one_line(repo_id):
         try:
-            tagged, hidden = _has_tag(api, repo_id, version), api.repo_info(repo_id).private
+            tagged, hidden = _is_tagged(api, repo_id, folder, lines), api.repo_info(repo_id).private
         except RepositoryNotFoundError:
             tagged, hidden = False, True  # as it is made
     lines += [] if tagged else [f"tag {version}"]
@@ -75,12 +78,12 @@ def _visibility(private: bool) -> str:
     return f"make {'private' if private else 'public'}"
 
 
-def changes(api: HfApi, repo_id: str, folder: Path) -> list[str]:
+def changes(api: HfApi, repo_id: str, folder: Path, revision: str | None = None) -> list[str]:
     """What would change in a repository: that it is made, files added, changed or deleted; empty if nothing."""
     with _one_line(repo_id):
         try:
             api.repo_info(repo_id)  # of an empty answer the next line would make an empty repository
-            entries = list(api.list_repo_tree(repo_id, recursive=True))
+            entries = list(api.list_repo_tree(repo_id, recursive=True, revision=revision))
         except RepositoryNotFoundError:
             return [f"create {repo_id}", *(f"add {name}" for name in FILES)]
     there = {entry.path: entry for entry in entries if isinstance(entry, RepoFile) and entry.path not in _NOT_OURS}
@@ -111,9 +114,7 @@ def push(api: HfApi, repo_id: str, folder: Path, private: bool) -> list[str]:
     with _one_line(repo_id):
         if not api.repo_exists(repo_id):
             api.create_repo(repo_id, private=True, exist_ok=True)
-        tagged = _has_tag(api, repo_id, version)
-        if done and tagged:
-            raise UserError(f"{repo_id} has {version} with other files: raise the version in timm_sugar/version.py")
+        tagged = _is_tagged(api, repo_id, folder, done)
         if done:
             api.upload_folder(
                 repo_id=repo_id,
@@ -154,6 +155,16 @@ def verify(repo_id: str, sha256: str) -> str:
             f"{repo_id} at {commit}: {WEIGHTS} has SHA-256 {found}, not {sha256}: push it again under a new version"
         )
     return commit
+
+
+def _is_tagged(api: HfApi, repo_id: str, folder: Path, done: list[str]) -> bool:
+    """Whether the version's tag is there. Raises UserError if it, or what lies above it, has other files."""
+    version = f"v{__version__}"
+    if not _has_tag(api, repo_id, version):
+        return False
+    if done or changes(api, repo_id, folder, version):
+        raise UserError(f"{repo_id} has {version} with other files: raise the version in timm_sugar/version.py")
+    return True
 
 
 def _has_tag(api: HfApi, repo_id: str, name: str) -> bool:
