@@ -60,6 +60,7 @@ class ConversionToInt8(Conversion):
         command = ["--checkpoint", str(folder / "last.pth.tar"), "--format", "onnx-int8", "--data-dir", str(data)]
         command += ["--calibration", str(data), "--output", str(folder / INT8)]
         command += ["--workers", str(self.args.workers)]
+        command += ["--original", self.args.checkpoint] if self.args.checkpoint else []
         if not importlib.util.find_spec("onnxruntime"):
             print('int8 needs `pip install -e ".[deploy]"`, then:', "python scripts/export.py", shlex.join(command))
         elif self.has_images() and subprocess.run([sys.executable, EXPORT, *command], check=False).returncode:

@@ -4,10 +4,12 @@
     python scripts/export.py --checkpoint output/train/RUN --format onnx
     python scripts/export.py --checkpoint output/train/RUN --format onnx-int8 --calibration DATA/train --data-dir DATA
     python scripts/export.py --model resnet18_sugar.bsilu_cifar10 --format openvino --output resnet18.xml
+    python scripts/export.py --checkpoint output/train/CONVERTED --original output/train/RUN --data-dir DATA
 
 SUGAR becomes ReLU first. The outputs of the file are compared with PyTorch's on random images; with --data-dir, so is
 top-1. int8 needs images to calibrate with (--calibration; not those that --data-dir is scored on). Latency is measured
 beside the same network with the activations that timm gives it, where they are others: in turns, in one process.
+--original names a trained network to compare with instead, whose top-1 is shown, too.
 Needs `pip install -e ".[deploy]"`.
 """
 
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -28,8 +31,9 @@ from lab.cli import Parser, UserError, explained
 from lab.deploy.formats import SUFFIXES, export
 from lab.deploy.int8 import METHODS, quantize
 from lab.deploy.runtimes import Images, Network, open_file
+from lab.files import write_atomically
 from lab.training.groups import n
-from lab.training.loading import add_options, load_model, open_loader
+from lab.training.loading import add_options, find_file, load_model, load_weights, open_loader
 from timm.data import resolve_data_config
 from timm.models import create_model
 from torch import nn
@@ -60,6 +64,8 @@ def build_parser() -> Parser:
     add("--images", **n(1, default=1000), help="a random part of --data-dir to score (default: %(default)s)")
     add("--threads", **n(1, default=1), help="of latency (default: %(default)s)")
     add("--repeats", **n(1, default=30), help="of latency (default: %(default)s)")
+    add("--original", metavar="PATH", help="compare with this checkpoint or run, e.g. the one that was converted")
+    add("--results-file", metavar="FILE", type=Path, help="what was measured, as JSON")
     return parser
 
 
@@ -137,12 +143,13 @@ def run(args: argparse.Namespace) -> None:
     """Export, check, measure."""
     if args.format == "onnx-int8" and not args.calibration:
         raise UserError("--format onnx-int8 needs --calibration DIR, a folder of training images to take ranges from")
+    asked = copy.copy(args)
     model, source = load_model(args)
     path = output_of(args)
     model = model.cpu().eval()
     loader, config = open_loader(args, model, CPU, args.images) if args.data_dir else (None, None)
     batches = calibration_batches(args, model) if args.calibration else []
-    own = with_own_activations(args, model)
+    own = load_original(asked, args.model) if args.original else with_own_activations(args, model)
     if any(isinstance(module, timm_sugar.SUGAR) for module in model.modules()):
         model = timm_sugar.to_relu(model)
     else:
@@ -157,9 +164,23 @@ def run(args: argparse.Namespace) -> None:
         chosen = next(iter(errors))
         print(f"int8 by {chosen}; error of the outputs: " + ", ".join(f"{k} {v:.4f}" for k, v in errors.items()))
         args.methods = [chosen]
-    report(args, {"PyTorch": as_network(model), path.name: open_file(path, args.threads)}, example.numpy(), loader)
+    networks = {"PyTorch": as_network(model), path.name: open_file(path, args.threads)}
+    measured = report(args, networks, example.numpy(), loader)
     if own is not None:
-        compare(args, own, example, path, batches)
+        measured |= compare(args, own, example, path, batches, loader if args.original else None)
+    if args.results_file:
+        write_atomically(args.results_file, json.dumps(measured, indent=2) + "\n")
+
+
+def load_original(asked: argparse.Namespace, name: str) -> nn.Module:
+    """The network of --original; where that doesn't say which it is, the one that was made the ReLU network `name`."""
+    options = copy.copy(asked)
+    options.checkpoint, options.model_kwargs = asked.original, None
+    if not (Path(asked.original) / "config.json").exists():
+        base = name.partition(".")[0].removesuffix(SUFFIX)
+        _, _, settings = load_weights(find_file(Path(asked.original)), not asked.no_ema)
+        options.model = settings.get("model") or ALIASES.get(base, base)
+    return load_model(options)[0].cpu().eval()
 
 
 def image_size(args: argparse.Namespace, model: nn.Module) -> tuple[int, ...]:
@@ -167,27 +188,46 @@ def image_size(args: argparse.Namespace, model: nn.Module) -> tuple[int, ...]:
     return tuple(resolve_data_config(vars(args), model=model)["input_size"])
 
 
-def report(args: argparse.Namespace, runs: dict[str, Network], example: Images, loader: Any) -> None:
-    """Print how far the file's outputs are from PyTorch's, and both top-1. Raises UserError for other outputs."""
+def report(
+    args: argparse.Namespace, runs: dict[str, Network], example: Images, loader: Any
+) -> dict[str, dict[str, float]]:
+    """Print how far the file's outputs are from PyTorch's, and both top-1, and return these.
+
+    Raises UserError for other outputs.
+    """
     if args.format != "onnx-int8":  # which is judged by real images
         expected, found = (run(example) for run in runs.values())
         scale, distance = float(np.abs(expected).max()), float(np.abs(found - expected).max())
         print(f"outputs for random images: {distance:.2g} apart, the largest being {scale:.2g}")
         if not distance <= 1e-3 * max(scale, 1):
             raise UserError("the file computes something else than PyTorch does: don't use it")
-    if loader is not None:
-        shares = count_right(runs, loader)
-        print(f"top-1 of {len(loader.dataset)} images: " + ", ".join(f"{k} {v:.2f} %" for k, v in shares.items()))
+    return {"top1": score(runs, loader, "")} if loader is not None else {}
 
 
-def compare(args: argparse.Namespace, own: nn.Module, example: torch.Tensor, path: Path, batches: list[Images]) -> None:
-    """Print the latency of the file, and of the network with its own activations in the same format."""
+def score(runs: dict[str, Network], loader: Any, of: str) -> dict[str, float]:
+    """Print and return top-1 (percent) of PyTorch's network and of the file."""
+    shares = count_right(runs, loader)
+    print(f"top-1{of} of {len(loader.dataset)} images: " + ", ".join(f"{k} {v:.2f} %" for k, v in shares.items()))
+    return {**dict(zip(("pytorch", "file"), shares.values(), strict=True)), "images": len(loader.dataset)}
+
+
+def compare(
+    args: argparse.Namespace, own: nn.Module, example: torch.Tensor, path: Path, batches: list[Images], loader: Any
+) -> dict[str, dict[str, float]]:
+    """Print and return the latency of the file, and of the network with its own activations in the same format.
+
+    Also the top-1 of the latter, with a loader.
+    """
+    measured = {}
     names = sorted({*timm_sugar.list_activations(own).values()})
     with tempfile.TemporaryDirectory() as folder:
         other = Path(folder) / path.name
         write(args, own, example, other, batches)
         image = example[:1].numpy()
         files = {"ReLU": open_file(path, args.threads), "own": open_file(other, args.threads)}
+        if loader is not None:
+            networks = {"PyTorch": as_network(own), f"as {path.suffix}": files["own"]}
+            measured["original"] = score(networks, loader, " of the original")
         watches = {name: stopwatch(lambda run=run: run(image), calls=3) for name, run in files.items()}  # type: ignore[misc]
         for watch in watches.values():
             watch()
@@ -196,6 +236,8 @@ def compare(args: argparse.Namespace, own: nn.Module, example: torch.Tensor, pat
     relu, other_ms = (1e3 * quartiles(samples[name]).median for name in files)
     times = f"ReLU {relu:.2f} ms, with {', '.join(names)} {other_ms:.2f} ms"
     print(f"one image, {args.threads} threads: {times}, {ratio.median:.2f} times ({ratio.q1:.2f} to {ratio.q3:.2f})")
+    latency = {"threads": args.threads, "relu_ms": relu, "own_ms": other_ms}
+    return {**measured, "latency": {**latency, "own_to_relu": ratio.median, "q1": ratio.q1, "q3": ratio.q3}}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

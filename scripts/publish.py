@@ -3,6 +3,7 @@
 
     python scripts/publish.py stage output/train/RUN --tag bsilu_cifar10 --dataset cifar10   # a run -> model_cards/
     python scripts/publish.py twin resnet18_sugar.bsilu_cifar10 RUN      # compare with plain ReLU
+    python scripts/publish.py int8 NAME RUN            # a conversion: int8 of it and of its original
     python scripts/publish.py cards                                 # write all cards, and the library's weights.json
     python scripts/publish.py push --dry-run                             # what would change
     python scripts/publish.py push resnet18_sugar.bsilu_cifar10
@@ -31,13 +32,13 @@ from lab.files import environment, write_atomically
 from lab.release.card import CARD, CONFIG, card
 from lab.release.checks import LARGEST_IMAGE, check
 from lab.release.hub import check_token, plan, push
-from lab.release.stage import TrainedRun, add_twin, stage
+from lab.release.stage import TrainedRun, add_int8, add_twin, stage
 from lab.training.data import class_to_idx, open_dataset
 
 from timm_sugar import __version__
 from timm_sugar.models._weights import MODEL_CARDS, ORG, WEIGHTS, WEIGHTS_FILE, describe
 
-EVALUATE = Path(__file__).with_name("evaluate.py")
+EVALUATE, EXPORT = (Path(__file__).with_name(name) for name in ("evaluate.py", "export.py"))
 
 
 def evaluate(data: str | None, *options: str) -> dict[str, Any]:
@@ -87,6 +88,28 @@ def measure_twin(args: argparse.Namespace) -> None:
     options = ["--checkpoint", str(args.run / "last.pth.tar")]
     options += [f"--img-size={size}"] if run.settings["img_size"] not in (None, size) else []
     add_twin(folder, run, lambda: evaluate(data, *options))
+
+
+def measure_int8(args: argparse.Namespace) -> None:
+    """The `int8` command."""
+    (folder,) = folders(args)
+    settings = TrainedRun(args.run).settings
+    if not settings.get("checkpoint"):
+        raise UserError(f"{args.run} is no conversion of a checkpoint: make one with scripts/convert.py --checkpoint")
+    data = Path(args.data_dir or settings["data_dir"])
+    images = sum(1 for path in (data / "validation").glob("*/*"))
+    if not (data / "train").is_dir() or not images:
+        raise UserError(f"{data} needs train/ to calibrate on and validation/ to score: give --data-dir")
+    with tempfile.TemporaryDirectory() as temporary:
+        net, results = Path(temporary, "net.onnx"), Path(temporary, "results.json")
+        command = [sys.executable, str(EXPORT), "--format", "onnx-int8", "--images", str(images), "--output", str(net)]
+        command += ["--checkpoint", str(folder), "--original", settings["checkpoint"], "--calibration", str(data)]
+        command += ["--data-dir", str(data), "--results-file", str(results)]
+        if subprocess.run(command, check=False).returncode:
+            raise UserError("the export failed, see above")
+        measured = json.loads(results.read_text())
+    again = f"python scripts/publish.py int8 {folder.name} RUN --data-dir DATA"
+    add_int8(folder, measured, environment("CPU") | {"command": again})
 
 
 def folders(args: argparse.Namespace) -> list[Path]:
@@ -188,6 +211,11 @@ def build_parser() -> Parser:
     add("names", nargs=1, metavar="NAME", help="ARCHITECTURE.TAG")
     add("run", type=Path, metavar="RUN", help="folder of the finished run of the base model")
     add("--data-dir", metavar="DIR", help="data to evaluate on (default: that of the run)")
+
+    add = command("int8", measure_int8, "add what a conversion and its original do in int8, in onnxruntime")
+    add("names", nargs=1, metavar="NAME", help="ARCHITECTURE.TAG")
+    add("run", type=Path, metavar="RUN", help="folder of the run of scripts/convert.py")
+    add("--data-dir", metavar="DIR", help="a folder with train/ and validation/ (default: that of the run)")
 
     add = command("cards", write_cards, "write the cards again")
     add("names", **names)

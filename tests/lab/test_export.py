@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import json
 from pathlib import Path
 from typing import Any
 
@@ -107,9 +108,11 @@ def test_int8_is_scored_beside_pytorch_and_timed_beside_its_own_activations(
         "2",
     ]
     torch.manual_seed(0)
-    torch.save(timm.create_model("test_efficientnet_sugar", num_classes=3).state_dict(), tmp_path / "weights.pth")
-    assert script.main([*TINY, *options, "--checkpoint", str(tmp_path / "weights.pth")]) == 0
+    weights, results = tmp_path / "weights.pth", tmp_path / "results.json"
+    torch.save(timm.create_model("test_efficientnet_sugar", num_classes=3).state_dict(), weights)
+    assert script.main([*TINY, *options, "--checkpoint", str(weights), "--results-file", str(results)]) == 0
     printed = capsys.readouterr().out
+    assert json.loads(results.read_text()).keys() == {"top1", "latency"}
     assert "int8 by minmax" in printed
     assert "top-1 of 12 images: PyTorch" in printed
     assert "with SiLU" in printed

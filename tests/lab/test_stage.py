@@ -14,12 +14,13 @@ import timm
 import torch
 import yaml
 from lab.cli import UserError, yaml_options
+from lab.release.card import read_results
 from lab.release.checks import check
 from lab.release.stage import FILES, TrainedRun, describe_labels, stage, statistics
 from lab.training.options import build_parser
 from lab.training.runs import read_checkpoint
 from safetensors.torch import load_file, save_file
-from scripting import load_script
+from scripting import error_line, load_script
 from staging import MEASURED, SWIN, VERSIONS, make_folder, train
 
 from timm_sugar import list_activations
@@ -258,6 +259,41 @@ def test_a_conversion_is_staged_as_the_relu_network_that_it_made(tmp_path: Path)
     recipe = yaml.safe_load((folder / "train_args.yaml").read_text())
     assert (recipe["model"], recipe["checkpoint"], recipe["surrogate"]) == ("test_efficientnet", original.name, "same")
     assert "python scripts/convert.py --config" in (folder / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_conversion_says_what_it_and_its_original_do_in_int8(tmp_path: Path, capsys: Any) -> None:
+    original = train(tmp_path, "test_efficientnet")
+    options = ["--checkpoint", str(original), "--output", str(tmp_path), "--experiment", "converted", "--no-int8"]
+    short = ["--epochs", "1", "--warmup-epochs", "0", "--lr", "0.01", "-b", "8", "-j", "0", "--device", "cpu"]
+    assert load_script("convert").main([*options, *short]) == 0
+    models = tmp_path / "models"
+    folder = make_folder(tmp_path / "converted", models / "test_efficientnet_sugar.x")
+    before = read_results(folder)
+    publish = [folder.name, str(tmp_path / "converted"), "--models", str(models), "--data-dir", str(tmp_path / "data")]
+    for _ in range(2):  # the second time its rows take the place of the first
+        assert load_script("publish").main(["int8", *publish]) == 0
+    check(folder)
+    rows = {row["weights"]: row for row in read_results(folder)}
+    assert list(rows) == [*(row["weights"] for row in before), "original", "int8", "original, int8"]
+    scored = evaluate_top1(original, tmp_path / "data")
+    assert float(rows["original"]["top1"]) == pytest.approx(scored, abs=1e-3)
+    assert rows["original"]["images"] == "12"
+    ratio = float(rows["original, int8"]["ms"]) / float(rows["int8"]["ms"])
+    assert float(rows["original, int8"]["to_own"]) == pytest.approx(ratio, rel=0.5)
+    text = (folder / "README.md").read_text()
+    assert "its weights began as those of `test_efficientnet`" in text
+    assert f"| the original | {scored:.2f} |" in text
+    no_conversion = ["int8", folder.name, str(original), "--models", str(models)]
+    assert "no conversion of a checkpoint" in error_line(load_script("publish").main, no_conversion, capsys)
+
+
+def evaluate_top1(run: Path, data: Path) -> float:
+    """What scripts/evaluate.py says."""
+    results = run / "results.json"
+    options = ["--checkpoint", str(run / "last.pth.tar"), "--data-dir", str(data), "--results-file", str(results)]
+    assert load_script("evaluate").main([*options, "--results-format", "json", "-j", "0", "--device", "cpu"]) == 0
+    return float(json.loads(results.read_text())["top1"])
 
 
 @pytest.mark.parametrize("text", ["", "epochs: two\n", "model: 5\nepochs: 1\n"])

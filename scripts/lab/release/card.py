@@ -20,6 +20,7 @@ from timm_sugar.models.sugar import ALIASES, SUFFIX
 CARD, CONFIG, RECIPE, RESULTS = "README.md", "config.json", "train_args.yaml", "results.csv"
 ODD = (*DAMAGE, csv.Error, TemplateError)  # what files of another form raise beside the usual
 TWIN = "ReLU twin"  # the row of results of the plain network
+ORIGINAL, INT8, ORIGINAL_INT8 = "original", "int8", "original, int8"  # those that `publish.py int8` adds
 TEMPLATE = Path(__file__).with_name("card.md")
 SURROGATES = {"bsilu": "B-SiLU", "nelu": "NeLU", "elu": "ELU", "selu": "SELU", "gelu": "GELU", "silu": "SiLU",
               "same": "the activations that ReLU replaced"}  # fmt: skip
@@ -129,8 +130,9 @@ def _render(name: str, config: dict[str, Any], recipe: dict[str, Any], rows: lis
         size=cfg["input_size"][-1],
         trained_size=recipe.get("img_size") or cfg["input_size"][-1],
         classes=config["num_classes"],
-        rows=rows,
+        rows=[row for row in rows if row["weights"] not in (ORIGINAL, INT8, ORIGINAL_INT8)],
         own=rows[0],
+        deployed={row["weights"]: row for row in rows},
         twin=next((row for row in rows if row["weights"] == TWIN), None),
         megabytes=f"{size / 1e6:.1f}",
         recipe=recipe,

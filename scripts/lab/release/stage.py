@@ -24,7 +24,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lab.cli import UserError, explained
 from lab.files import write_atomically, write_rows
-from lab.release.card import CARD, CONFIG, RECIPE, RESULTS, TWIN, card, read_results
+from lab.release.card import (
+    CARD,
+    CONFIG,
+    INT8,
+    ORIGINAL,
+    ORIGINAL_INT8,
+    RECIPE,
+    RESULTS,
+    TWIN,
+    card,
+    read_results,
+)
 from lab.training.runs import check_model, read_checkpoint, read_summary
 from timm_sugar.models._weights import WEIGHTS
 from timm_sugar.models.sugar import ALIASES, SUFFIX
@@ -37,7 +48,7 @@ HALF_COSTS_AT_MOST = 0.05  # points of top-1
 _OF_THE_MACHINE = ("data_dir", "output", "experiment", "device")
 _STARTED_FROM = ("class_map", "initial_checkpoint", "pretrained_path", "checkpoint")  # files
 _COLUMNS = (
-    *("weights", "top1", "top5", "loss", "dead_units", "sparsity", "images", "params", "macs"),
+    *("weights", "top1", "top5", "loss", "dead_units", "sparsity", "images", "params", "macs", "ms", "to_own"),
     *("device", "torch", "timm", "timm_sugar", "command"),
 )
 
@@ -171,6 +182,27 @@ def add_twin(folder: Path, run: TrainedRun, measure: Callable[[], dict[str, Any]
             raise UserError(f"{run.folder} was trained with another {key} than {folder.name}")
     rows: list[dict[str, Any]] = [row for row in read_results(folder) if row["weights"] != TWIN]
     write_results(folder, [*rows, {"weights": TWIN, **measure()}])
+    write_atomically(folder / CARD, card(folder))
+
+
+def add_int8(folder: Path, measured: dict[str, Any], row: dict[str, Any]) -> None:
+    """Add what `scripts/export.py --format onnx-int8 --original` measured, and write the card again.
+
+    Args:
+        folder: of a converted network.
+        measured: the content of its `--results-file`.
+        row: versions and command, which the three new rows have in common.
+    """
+    own, latency = measured["original"], measured["latency"]
+    images, ratio = own["images"], latency["own_to_relu"]
+    new: list[dict[str, Any]] = [
+        {"weights": ORIGINAL, "top1": own["pytorch"], "images": images},
+        {"weights": INT8, "top1": measured["top1"]["file"], "images": images, "ms": latency["relu_ms"]},
+        {"weights": ORIGINAL_INT8, "top1": own["file"], "images": images, "ms": latency["own_ms"], "to_own": ratio},
+    ]
+    names = {found["weights"] for found in new}
+    kept: list[dict[str, Any]] = [found for found in read_results(folder) if found["weights"] not in names]
+    write_results(folder, [*kept, *({**row, **found} for found in new)])
     write_atomically(folder / CARD, card(folder))
 
 
