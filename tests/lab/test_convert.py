@@ -180,7 +180,8 @@ def test_int8_that_was_cut_off_is_made_by_the_same_command_again(
         patch.setattr(convert.ConversionToInt8, "export", interrupted)
         assert convert.main(options(original, tmp_path, "--epochs", "2")) == 130
     trained, again = weights(tmp_path / "converted"), ["--resume", str(tmp_path / "converted")]
-    (tmp_path / "export.py").write_text("import sys, pathlib\npathlib.Path(sys.argv[-3]).write_text('int8')\n")
+    output = "sys.argv[sys.argv.index('--output') + 1]"
+    (tmp_path / "export.py").write_text(f"import sys, pathlib\npathlib.Path({output}).write_text('int8')\n")
     monkeypatch.setattr(convert, "EXPORT", tmp_path / "export.py")
     assert convert.main(again) == 0
     assert (tmp_path / "converted" / "model-int8.onnx").read_text() == "int8"
