@@ -143,11 +143,17 @@ def _sugarize(
         )
     plan = _plan(choose, save_memory)
     expected = None if example is None else _output_of_relu(model, plan, example)
-    changes: list[Change | Renamed] = [*exchange(plan), *rename_in_configs(model, left, types)]
-    if left:
-        warnings.warn(f"sugarize() left activations of {type(model).__name__}: {_listed(left)}", stacklevel=3)
-    if example is not None:
-        _check_on_example(model, plan, example, expected)
+    changes: list[Change | Renamed] = [*exchange(plan)]
+    try:
+        if left:
+            warnings.warn(f"sugarize() left activations of {type(model).__name__}: {_listed(left)}", stacklevel=3)
+        if example is not None:
+            _check_on_example(model, plan, example, expected)
+        changes += rename_in_configs(model, left, types)
+    except BaseException:  # warnings that are errors, what the model raises on the example, Ctrl-C
+        for change in reversed(changes):
+            change.undo()
+        raise
     if plan and save_memory:
         share_within(model, [module for module in model.modules() if isinstance(module, SUGAR) and module.save_memory])
     return changes
@@ -226,12 +232,12 @@ def to_relu(model: nn.Module) -> Any:
     if not places:
         seen = f" but {_listed(left)}: write F.relu there" if left else ""
         raise ValueError(f"there is no SUGAR activation below {type(model).__name__} to turn into ReLU{seen}")
-    exchange(one_new_for_each_old(places, _relu_for))
-    unshare_within(model)
     if left:
         warnings.warn(
             f"to_relu() left SUGAR of {type(model).__name__}: {_listed(left)}; write F.relu there", stacklevel=2
         )
+    exchange(one_new_for_each_old(places, _relu_for))
+    unshare_within(model)
     return model
 
 

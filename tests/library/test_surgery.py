@@ -1163,6 +1163,36 @@ def test_sugar_kept_as_a_function_is_an_activation_with_its_settings() -> None:
     torch.testing.assert_close(gradients(model, x), gradients(sugarize(net(F.relu), "bsilu", alpha=0.7), x))
 
 
+class RefusesSugar(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.act, SUGAR):
+            raise RuntimeError("no SUGAR here")
+        return self.act(x)
+
+
+@pytest.mark.parametrize("options", [{}, {"save_memory": True}], ids=str)
+def test_a_warning_that_is_an_error_leaves_the_model_as_it_was(options: dict[str, Any]) -> None:
+    model = Holder()
+    with pytest.raises(UserWarning, match="left activations"):  # so it is in all tests here
+        sugarize(model, **options)
+    assert "SUGAR" not in list_activations(model).values()
+    by_hand = ByHand()
+    with pytest.raises(UserWarning, match="left SUGAR"):
+        to_relu(by_hand)
+    assert type(by_hand.act) is SUGAR
+
+
+def test_a_model_that_fails_on_the_example_is_as_it_was() -> None:
+    model = RefusesSugar()
+    with pytest.raises(RuntimeError, match="no SUGAR here"):
+        sugarize(model, example=torch.ones(2))
+    assert type(model.act) is nn.GELU
+
+
 # --- functions that overwrite their input
 
 
