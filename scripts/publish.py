@@ -141,6 +141,8 @@ def push_all(args: argparse.Namespace) -> None:
     named = folders(args)
     for folder in named:
         check(folder)
+        if (org := json.loads((folder / CONFIG).read_text())["sugar"]["org"]) != args.org:
+            raise UserError(f"{folder.name} was staged for {org}: push it with --org {org}, or stage it for {args.org}")
     api = HfApi(library_name="timm_sugar", library_version=__version__)
     if not args.dry_run:
         check_token(api, args.org)

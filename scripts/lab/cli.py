@@ -28,6 +28,7 @@ _MISTAKES = (
 )
 
 _NO_MORE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what a stdout that takes no more gives
+_NO_ENTRY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)  # what a path can't be used for
 
 
 class UserError(Exception):
@@ -46,6 +47,15 @@ def explained(what: str, *more: type[Exception]) -> Iterator[None]:
     except mistakes as error:
         text = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{what}: {text if len(text) < 300 else text[:300] + ' ...'}") from error
+
+
+def outside(error: OSError) -> str:
+    """The line for what the machine refuses; raises the error again if it is anything else, and so a bug."""
+    if error.errno in _NO_MORE:
+        return f"can't write: {error.strerror}"
+    if error.errno in _NO_ENTRY and error.filename:
+        return f"can't use {error.filename}: {error.strerror}"
+    raise error
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,9 +94,7 @@ class Parser(argparse.ArgumentParser):
         except UserError as error:
             self.error(str(error))
         except OSError as error:
-            if error.errno not in _NO_MORE:
-                raise
-            self.error(f"can't write: {error.strerror}")
+            self.error(outside(error))
         except KeyboardInterrupt:
             return 130
         return 0

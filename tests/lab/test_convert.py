@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+import yaml
 from lab.training.conversion import Blend, account, parse_conversion
 from lab.training.loading import load_model, load_weights
 from PIL import Image
@@ -166,6 +167,17 @@ def test_a_conversion_does_not_go_on_from_another_original(
         shutil.copyfile(own / "last.pth.tar", own / "model_best.pth.tar")
     line = error_line(convert.main, ["--resume", str(tmp_path / "converted"), "--epochs", "3"], capsys)
     assert "the network that is converted has changed since; begin anew, without --resume" in line
+
+
+def test_a_checkpoint_that_a_config_names_says_what_its_model_is(original: Path, tmp_path: Path) -> None:
+    words = options(original, tmp_path, "--epochs", "2", "--no-int8")
+    place = words.index("--checkpoint")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"checkpoint": words[place + 1]}))
+    assert convert.main([*words[:place], *words[place + 2 :], "--config", str(tmp_path / "c.yaml")]) == 0
+    once = weights(tmp_path / "converted")
+    shutil.rmtree(tmp_path / "converted")
+    assert convert.main(words) == 0
+    assert all(torch.equal(value, once[name]) for name, value in weights(tmp_path / "converted").items())
 
 
 def test_int8_that_was_cut_off_is_made_by_the_same_command_again(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import socket
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi
 from lab.cli import UserError
+from lab.release import hub as hub_module
 from lab.release.checks import check
 from lab.release.hub import changes, check_token, plan, push
 from lab.release.stage import FILES
@@ -477,6 +479,21 @@ def test_what_is_no_hub_is_one_line_and_nothing_is_pushed(answer: object, folder
             call()
         assert "\n" not in str(caught.value)
     assert not hub.repos
+
+
+def test_a_hub_that_never_answers_is_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
+    monkeypatch.setattr("huggingface_hub.utils._http.logger.warning", lambda *_: None)
+    monkeypatch.setattr(hub_module, "PATIENCE", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        api = HfApi(endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}", token=WRITE)
+        for call in (
+            lambda: check_token(api, "org"),
+            lambda: plan(api, REPO, folder, private=False),
+            lambda: push(api, REPO, folder, private=False),
+        ):
+            with pytest.raises(UserError, match=r"timed out.*run the same command again"):
+                call()
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ REFUSED = """
 --model-kwargs in_chans=5|--model-kwargs drop_rate=5|--aa rand-m9-p5|--aa rand-tnope|--aa rand-m9-inc7|--aa rand-n0
 --aa rand-n99-tweights|--aa augmix-w0|--aa augmix-a0|--aa augmix-d0|--aa original-mstdx|--aa v0-m9
 --aa rand-m9-mstd1.2.3|--clip-mode agc|--model-ema-decay 0.99|--model-ema-warmup|--remode rand
+--mixup-prob 0.5|--mixup-off-epoch 2|--mixup-mode elem|--dataset-download
 --recount 2|--bce-target-thresh 0.2|--layer-decay-min-scale 0.1|--pretrained-path x
 """
 CASES = REFUSED.replace("\n", "|").strip("|").split("|")

@@ -140,6 +140,7 @@ def test_push_without_a_token_that_may_write_is_one_line(
         ("stage {root}/test_resnet_sugar --tag x --dataset d --license= --models {root}/new", "--license: expected"),
         ("stage {root}/test_resnet_sugar --tag x --dataset d --org ../x --models {root}/new", "--org: expected"),
         ("push --org a/b --models {root}/models", "--org: expected letters"),
+        ("push --org other --models {root}/models", "was staged for me: push it with --org me"),
         ("cards --models {root}/none", "no models in"),
         ("stage {root}/none --tag x --dataset d --models {root}/new", "is not a training run"),
         ("stage {root}/test_resnet_sugar --tag bsilu_x --dataset d --models {root}/models", "exists"),

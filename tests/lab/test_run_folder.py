@@ -14,7 +14,7 @@ import torch
 import yaml
 from filelock import FileLock
 from lab.cli import UserError
-from lab.files import read_rows
+from lab.files import read_rows, write_atomically
 from lab.training import folder as folder_module
 from lab.training.runs import find_checkpoint, load_file, read_checkpoint, read_summary
 from lab.training.seal import check_seal
@@ -75,9 +75,11 @@ def test_another_experiment_forks_and_says_so(moved: Path, capsys: pytest.Captur
     before = contents(moved)
     assert train.main(["--resume", str(moved), "--experiment", "fork", "--epochs", "2"]) == 0
     fork = moved.parent / "fork"
-    line = f"fork: {moved} goes on in {fork}"
+    line = "fork: new goes on in fork"
     assert line in capsys.readouterr().out
-    assert (fork / "train.log").read_text().startswith(line)
+    log = (fork / "train.log").read_text()
+    assert log.startswith(line)
+    assert str(moved.parent) not in log  # which is published
     assert epochs(fork) == ["1"]
     assert contents(moved) == before | {".lock": b""}
     assert "exists" in error_line(train.main, ["--resume", str(moved), "--experiment", "fork", "--epochs", "2"], capsys)
@@ -98,6 +100,63 @@ def test_going_back_leaves_nothing_of_the_epochs_that_are_made_anew(
     best = load_file(moved / "model_best.pth.tar")
     assert best["epoch"] == 0
     assert all(torch.equal(best["state_dict"][name], value) for name, value in first["state_dict"].items())
+
+
+@pytest.mark.parametrize("undone", ["best", "checkpoints"])
+def test_going_back_that_was_cut_off_is_done_by_the_next_resume(
+    undone: str, begun: Path, moved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    still = ["--lr", "1e-9", "--epochs", "3"]  # so no epoch is better than the first
+    assert train.main(["--resume", str(moved), *still]) == 0
+    last, best = moved / "last.pth.tar", moved / "model_best.pth.tar"
+    best.unlink()
+    shutil.copyfile(last, best)
+    back = ["--resume", str(moved / "checkpoint-1.pth.tar"), *still]
+
+    def cut_off(path: Path, *rest: Any) -> None:
+        if path.name != "args.yaml":
+            raise KeyboardInterrupt
+        write_atomically(path, *rest)
+
+    with monkeypatch.context() as patch:
+        if undone == "best":
+            patch.setattr(folder_module, "write_atomically", cut_off)
+        else:
+            unlink = Path.unlink
+            patch.setattr(
+                Path, "unlink", lambda path, **more: cut_off(path) if "point-" in path.name else unlink(path, **more)
+            )
+        assert train.main(back) == 130
+    assert (moved / "checkpoint-2.pth.tar").exists()
+    assert train.main(["--resume", str(moved), "--lr", "30", "--epochs", "3"]) in (0, 3)
+    assert load_file(best)["epoch"] == 0
+    first = load_file(begun / "last.pth.tar")["state_dict"]
+    assert all(torch.equal(load_file(best)["state_dict"][name], value) for name, value in first.items())
+
+
+def test_a_fork_that_ended_before_its_first_checkpoint_is_not_begun_from_other_weights(
+    moved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fork, argv = moved.parent / "fork", ["--resume", str(moved), "--experiment", "fork", "--epochs", "2"]
+
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lab.training.seal.SealedSaver.save_checkpoint", full)
+        assert f"make room, then remove {fork} and give the same command again" in error_line(train.main, argv, capsys)
+    for resume in (["--resume", str(fork)], ["--resume", "auto", "--output", str(fork.parent), "--experiment", "fork"]):
+        assert "ended before its first checkpoint: remove it" in error_line(train.main, resume, capsys)
+    shutil.rmtree(fork)
+    assert train.main(argv) == 0
+    assert epochs(fork) == ["1"]
+
+
+@pytest.mark.parametrize("option", ["--data-dir", "--resume", "--initial-checkpoint"])
+def test_a_path_that_no_file_can_have_is_one_line(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["--data-dir", ".", *TINY, "--device", "cpu", option, "x" * 300 + "/y"]
+    assert "File name too long" in error_line(train.main, argv, capsys)
+    assert "File name too long" in error_line(evaluate.main, ["--checkpoint", "x" * 300, "--data-dir", "."], capsys)
 
 
 def test_a_fork_has_what_stands_before_its_first_epoch(moved: Path) -> None:

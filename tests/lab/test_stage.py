@@ -142,7 +142,12 @@ def test_settings_are_kept_without_the_paths_of_the_machine(runs: dict[str, Path
 
 
 @pytest.mark.parametrize(
-    ("given", "kept"), [("{}/start.safetensors", "start.safetensors"), ("a/start.safetensors",) * 2]
+    ("given", "kept"),
+    [
+        ("{}/start.safetensors", "start.safetensors"),
+        ("a/start.safetensors",) * 2,
+        ("../s.safetensors", "s.safetensors"),
+    ],
 )
 def test_file_that_training_started_from_is_kept_by_name_or_relative_path(
     given: str, kept: str, runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

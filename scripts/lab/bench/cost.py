@@ -92,12 +92,13 @@ def commit() -> str:
 
 
 def machine(device: str) -> str:
-    """The name of the processor that a device is."""
+    """The name of the processor that a device is; of a CPU also the vector instructions that PyTorch uses there."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
     info = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*: (.+)$", info.read_text(), flags=re.MULTILINE) if info.exists() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
+    name = found[1].strip() if found else platform.processor() or platform.machine()
+    return f"{name}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 def summarize(

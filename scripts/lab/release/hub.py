@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi, get_session, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.hf_api import ModelInfo, RepoFile
 
 from lab.cli import UserError
 from lab.release.stage import FILES
@@ -25,11 +25,13 @@ from timm_sugar.models._weights import WEIGHTS
 from timm_sugar.version import __version__
 
 _NOT_OURS = {".gitattributes"}  # the Hub's own
+PATIENCE = 60.0  # seconds in which the Hub has to answer; huggingface_hub's client waits for ever
 
 
 @contextmanager
 def _one_line(repo_id: str) -> Iterator[None]:
     """Turn what the Hub or the network answers into a UserError that says what to do."""
+    get_session().timeout = PATIENCE
     try:
         yield
     except LocalTokenNotFoundError as error:
@@ -67,7 +69,7 @@ def plan(api: HfApi, repo_id: str, folder: Path, private: bool) -> list[str]:
     lines, version = changes(api, repo_id, folder), f"v{__version__}"
     with _one_line(repo_id):
         try:
-            tagged, hidden = _is_tagged(api, repo_id, folder, lines), api.repo_info(repo_id).private
+            tagged, hidden = _is_tagged(api, repo_id, folder, lines), _info(api, repo_id).private
         except RepositoryNotFoundError:
             tagged, hidden = False, True  # as it is made
     lines += [] if tagged else [f"tag {version}"]
@@ -82,7 +84,7 @@ def changes(api: HfApi, repo_id: str, folder: Path, revision: str | None = None)
     """What would change in a repository: that it is made, files added, changed or deleted; empty if nothing."""
     with _one_line(repo_id):
         try:
-            api.repo_info(repo_id)  # of an empty answer the next line would make an empty repository
+            _info(api, repo_id)  # of an empty answer the next line would make an empty repository
             entries = list(api.list_repo_tree(repo_id, recursive=True, revision=revision))
         except RepositoryNotFoundError:
             return [f"create {repo_id}", *(f"add {name}" for name in FILES)]
@@ -112,7 +114,7 @@ def push(api: HfApi, repo_id: str, folder: Path, private: bool) -> list[str]:
     done = changes(api, repo_id, folder)
     version = f"v{__version__}"
     with _one_line(repo_id):
-        if not api.repo_exists(repo_id):
+        if done and done[0].startswith("create "):
             api.create_repo(repo_id, private=True, exist_ok=True)
         tagged = _is_tagged(api, repo_id, folder, done)
         if done:
@@ -122,17 +124,18 @@ def push(api: HfApi, repo_id: str, folder: Path, private: bool) -> list[str]:
                 delete_patterns="*",  # of what the folder doesn't have
                 commit_message=f"timm_sugar {__version__}",
             )
-            for missing in changes(api, repo_id, folder):
-                raise _not_done(repo_id, missing)
         if not tagged:
-            api.create_tag(repo_id, tag=version, exist_ok=True)
+            commit = _info(api, repo_id).sha
+            for missing in changes(api, repo_id, folder, commit):
+                raise _not_done(repo_id, missing)
+            api.create_tag(repo_id, tag=version, revision=commit, exist_ok=True)
             done.append(f"tag {version}")
-            if not _has_tag(api, repo_id, version):
+            if not _is_tagged(api, repo_id, folder, []):
                 raise _not_done(repo_id, done[-1])
-        if api.repo_info(repo_id).private != private:
+        if _info(api, repo_id).private != private:
             api.update_repo_settings(repo_id, private=private)
             done.append(_visibility(private))
-            if api.repo_info(repo_id).private != private:
+            if _info(api, repo_id).private != private:
                 raise _not_done(repo_id, done[-1])
     return done
 
@@ -145,7 +148,7 @@ def verify(repo_id: str, sha256: str) -> str:
     version = f"v{__version__}"
     with _one_line(repo_id), tempfile.TemporaryDirectory() as cache:
         try:
-            commit = str(HfApi(token=False).repo_info(repo_id, revision=version).sha)
+            commit = str(_info(HfApi(token=False), repo_id, version).sha)
             file = Path(hf_hub_download(repo_id, WEIGHTS, revision=commit, cache_dir=cache, token=False))
         except (RepositoryNotFoundError, RevisionNotFoundError, EntryNotFoundError) as error:
             raise UserError(f"{repo_id} has no public {version}: run scripts/publish.py push") from error
@@ -155,6 +158,13 @@ def verify(repo_id: str, sha256: str) -> str:
             f"{repo_id} at {commit}: {WEIGHTS} has SHA-256 {found}, not {sha256}: push it again under a new version"
         )
     return commit
+
+
+def _info(api: HfApi, repo_id: str, revision: str | None = None) -> ModelInfo:
+    """What the Hub says of a repository, in time."""
+    found = api.repo_info(repo_id, revision=revision, timeout=PATIENCE)
+    assert isinstance(found, ModelInfo)
+    return found
 
 
 def _is_tagged(api: HfApi, repo_id: str, folder: Path, done: list[str]) -> bool:

@@ -209,7 +209,8 @@ def add_int8(folder: Path, measured: dict[str, Any], row: dict[str, Any]) -> Non
 def _portable(settings: dict[str, Any]) -> dict[str, Any]:
     """Settings without what holds for one machine; of a file outside the working directory only the name."""
     kept = {key: value for key, value in settings.items() if key not in _OF_THE_MACHINE}
-    return kept | {key: Path(kept[key]).name for key in _STARTED_FROM if Path(kept.get(key) or "").is_absolute()}
+    paths = {key: Path(kept[key]) for key in _STARTED_FROM if kept.get(key)}
+    return kept | {key: path.name for key, path in paths.items() if path.is_absolute() or ".." in path.parts}
 
 
 def _save(

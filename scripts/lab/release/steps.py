@@ -15,7 +15,7 @@ from huggingface_hub import HfApi
 from lab.cli import UserError, explained
 from lab.release.card import CONFIG
 from lab.release.checks import check
-from lab.release.hub import changes, verify
+from lab.release.hub import plan, verify
 from timm_sugar.models._weights import MODEL_CARDS, ORG, PUBLISHED, WEIGHTS_FILE
 from timm_sugar.version import __version__
 
@@ -57,10 +57,10 @@ def look_at_folders() -> str:
 
 
 def look_at_hub() -> str:
-    """Each model is on the Hub as it is here."""
+    """Each model is on the Hub as it is here, tagged and public."""
     api = HfApi(library_name="timm_sugar", library_version=__version__)
     for folder in models():
-        if lines := changes(api, f"{ORG}/{folder.name}", folder):
+        if lines := plan(api, f"{ORG}/{folder.name}", folder, private=False):
             raise UserError(f"{ORG}/{folder.name} is not on the Hub as it is here ({lines[0]}): {PUSH}")
     return f"as in {MODEL_CARDS.name}/"
 

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from timm.models import is_model
 from timm.task import DistillationTeacher, LogitDistillationTask
 from timm.utils import unwrap_model
 from torch import Tensor, nn
 
-from lab.cli import Parser, UserError, as_options
+from lab.cli import Parser, UserError, as_options, explained
 from lab.files import read_rows
 from lab.training.groups import x
 from lab.training.loading import INHERITED, find_file, load_weights
@@ -76,7 +77,12 @@ def known_options(argv: Sequence[str]) -> list[str]:
     """What the checkpoint that is named says about its model and data, as options."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--checkpoint")
-    checkpoint = first.parse_known_args(argv)[0].checkpoint
+    first.add_argument("-c", "--config")
+    given = first.parse_known_args(argv)[0]
+    checkpoint = given.checkpoint
+    if given.config and not checkpoint:
+        with explained(f"can't read {given.config}"):
+            checkpoint = (yaml.safe_load(Path(given.config).read_text()) or {}).get("checkpoint")
     if not checkpoint:
         return []
     _, _, settings = load_weights(find_file(Path(checkpoint)), ema=True)

@@ -22,6 +22,7 @@ from lab.training.options import folder_of
 from lab.training.runs import (
     BEFORE,
     DAMAGE,
+    FORK,
     START,
     numbered_checkpoints,
     plot_curves,
@@ -73,15 +74,15 @@ class RunFolder:
             self.check_unused()
             self.acquire()
             self.check_unused()  # by a process that was faster
+        if self.resume and not self.resumed:  # of the folders the names: the log is published
+            self.log(f"{FORK}{folder_of(self.resume).resolve().name} goes on in {self.path.name}")
         with explained(f"can't write to output folder {self.path}"):
-            write_atomically(self.path / "args.yaml", yaml.safe_dump(args.given, default_flow_style=False))
             if self.resume and not self.resumed:
                 for path in (folder_of(self.resume) / name for name in BEFORE):
                     if path.exists():
                         shutil.copyfile(path, self.path / path.name)
+            write_atomically(self.path / "args.yaml", yaml.safe_dump(args.given, default_flow_style=False))
         self.rows = read_summary(self.path, start) if self.resumed else []
-        if self.resume and not self.resumed:
-            self.log(f"fork: {self.resume} goes on in {self.path}")
 
     def keep(self, saver: SealedSaver, start: int, history: dict[str, Any]) -> None:
         """Save with `saver` from now on; finish the save that a kill may have cut short."""
@@ -97,7 +98,7 @@ class RunFolder:
                 for known in (metric, saver.best_metric, *(value for _, value in saver.checkpoint_files)):
                     math.isfinite(known or 0)  # raises TypeError for what is no number
                 saver.save_checkpoint(start - 1, metric)
-                if self.resumed and self.resume and self.resume.is_file():
+                if self.resumed and self.resume and (self.resume.is_file() or self.later_checkpoints(start)):
                     self.go_back(start, saver.best_epoch)
                 plot_curves(self.path, self.rows)
 
@@ -105,19 +106,27 @@ class RunFolder:
         """Remove the checkpoints of later epochs, which the run makes anew, perhaps with other options.
 
         model_best.pth.tar becomes that of epoch `best`, the best one before `start`, or goes if there is no copy of it.
+        It changes first: after a kill the later checkpoints that are left say that this has to be done again.
         """
         kept = self.path / "model_best.pth.tar"
         numbered = numbered_checkpoints(self.path)
-        gone = [path for epoch, path in sorted(numbered.items()) if epoch >= start]
+        gone = self.later_checkpoints(start)
         with suppress(UserError):  # a damaged one is of no use to anybody
             if kept.exists() and read_checkpoint(kept, None)["epoch"] >= start:
                 gone.append(kept)
-        for path in gone:
-            path.unlink()
         if kept in gone and best in numbered:
-            shutil.copyfile(numbered[best], kept)
+            write_atomically(kept, numbered[best].read_bytes())
+        elif kept in gone:
+            kept.unlink()
+        for path in gone:
+            if path != kept:
+                path.unlink()
         if gone:
             self.log(f"back to epoch {start}: later checkpoints are gone ({', '.join(path.name for path in gone)})")
+
+    def later_checkpoints(self, start: int) -> list[Path]:
+        """The numbered checkpoints of epochs from `start` on."""
+        return [path for epoch, path in sorted(numbered_checkpoints(self.path).items()) if epoch >= start]
 
     def save(self, epoch: int, row: dict[str, Any], metric: float) -> None:
         """Summary first, checkpoint second: a kill in between leaves a row that the resumed run replaces."""
@@ -153,4 +162,6 @@ class RunFolder:
     @property
     def resume_command(self) -> str:
         """What a user types to go on."""
+        if self.resume and not self.resumed and not any(self.path.glob("*.pth.tar")):  # a fork that has nothing yet
+            return f"remove {self.path} and give the same command again"
         return f"continue with: python {shlex.quote(sys.argv[0])} --resume {shlex.quote(str(self.path))}"

@@ -12,11 +12,13 @@ from lab.cli import Parser, UserError, as_option, choose_device, yaml_options
 from lab.training.groups import CHANNELS, add_groups
 
 _logger = logging.getLogger(__name__)
-_NEEDS = {  # an option by the one without which it has no effect
+_NEEDS: dict[str, str | tuple[str, ...]] = {  # an option by the one, or one of those, without which it has no effect
     **dict.fromkeys(("model_ema_decay", "model_ema_warmup"), "model_ema"),
     **dict.fromkeys(("remode", "recount"), "reprob"),
     **{"pretrained_path": "pretrained", "clip_mode": "clip_grad"},
     **{"bce_target_thresh": "bce_loss", "layer_decay_min_scale": "layer_decay"},
+    **dict.fromkeys(("mixup_prob", "mixup_switch_prob", "mixup_mode", "mixup_off_epoch"), ("mixup", "cutmix")),
+    **{"validation_batch_size": "val_split", "dataset_download": "dataset"},
     **{"blend_order": "blend_epochs", "temperature": "distill"},  # of scripts/convert.py
 }
 _AUGMENTATION = (  # what --no-aug turns off
@@ -95,8 +97,10 @@ def check_effects(parser: Parser, asked: argparse.Namespace, args: argparse.Name
     """
     given = [name for name, value in vars(asked).items() if (value or None) != (parser.get_default(name) or None)]
     for name in given:
-        if name in _NEEDS and not getattr(args, _NEEDS[name]):
-            raise UserError(f"{as_option(name)} has no effect without {as_option(_NEEDS[name])}")
+        needed = _NEEDS.get(name, ())
+        needed = (needed,) if isinstance(needed, str) else needed
+        if needed and not any(getattr(args, other) for other in needed):
+            raise UserError(f"{as_option(name)} has no effect without {' or '.join(map(as_option, needed))}")
     unused = [as_option(name) for name in given if name in _AUGMENTATION]
     if args.no_aug and unused:
         _logger.warning("--no-aug: no effect of %s", ", ".join(unused))

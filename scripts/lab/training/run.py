@@ -17,7 +17,7 @@ from timm.task import evaluation_sample_limit
 from timm.utils import AverageMeter, dispatch_clip_grad, distribute_bn, random_seed, unwrap_model
 from tqdm import tqdm
 
-from lab.cli import Parser, UserError, explained, import_modules, say
+from lab.cli import Parser, UserError, explained, import_modules, outside, say
 from lab.training.divergence import STATUS, Diverged, all_finite, diverged
 from lab.training.prepared import Prepared
 from lab.training.runs import DAMAGE, measure
@@ -47,6 +47,8 @@ def run_command(prog: str, kind: type[Run], parse: Callable[[], tuple[argparse.N
         run.train()
     except UserError as error:
         Parser(prog).error(str(error))
+    except OSError as error:
+        Parser(prog).error(outside(error))
     except Diverged as error:
         if run and run.folder:
             last = run.folder.path / "last.pth.tar"

@@ -20,11 +20,15 @@ from lab.training.seal import check_seal
 # One row each as of summary.csv: on the weights before training, and on the network that a conversion starts from.
 START, ORIGINAL = BEFORE = ("start.csv", "original.csv")
 _LAST, _PARTIAL = "last.pth.tar", "tmp.pth.tar"  # as timm's CheckpointSaver names them
+FORK = "fork: "  # how train.log begins where a run goes on that is in another folder
 DAMAGE = (AttributeError, IndexError, struct.error)  # what torch.load raises for a damaged file beside the usual
 
 
 def find_checkpoint(resume: Path | None) -> Path | None:
-    """The newest whole checkpoint of a run folder (or the file itself); None if the run was killed before its first."""
+    """The newest whole checkpoint of a run folder (or the file itself); None if the run was killed before its first.
+
+    Raises UserError for a fork that was: it would begin from other weights than it was to.
+    """
     if resume is None or resume.is_file() or (resume / _LAST).exists():
         return resume / _LAST if resume and resume.is_dir() else resume
     # A kill between removing the old last.pth.tar and renaming the new one into place.
@@ -35,6 +39,12 @@ def find_checkpoint(resume: Path | None) -> Path | None:
         except UserError:
             continue
         return path
+    log = resume / "train.log"
+    if log.exists() and log.read_text(encoding="utf-8").startswith(FORK):
+        raise UserError(
+            f"{resume} was to go on from another run and ended before its first checkpoint: remove it, then give the "
+            "command again that began it"
+        )
     return None
 
 
