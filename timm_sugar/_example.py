@@ -104,6 +104,9 @@ def watch_example(model: nn.Module, example: Any, in_place: Mapping[nn.Module, s
 
 def _hooks(watch: _Watch, name: str, in_place: Mapping[nn.Module, str]) -> tuple[Callable[..., None], ...]:
     def enter(module: nn.Module, inputs: Any, named: Any) -> None:
+        x = next(iter([*inputs, *named.values()]), None)
+        if isinstance(module, SUGAR) and isinstance(x, Tensor) and (found := watch.inputs.get(_storage(x))):
+            watch.read_again.add(found[1])
         watch.stack.append(name)
         watch.inside += isinstance(module, SUGAR)
 
@@ -120,4 +123,10 @@ def _hooks(watch: _Watch, name: str, in_place: Mapping[nn.Module, str]) -> tuple
 def equal_outputs(one: Any, other: Any) -> bool:
     """Whether two outputs hold the same tensors, bit for bit but for NaN."""
     pairs = zip(_torch.tree_leaves(one), _torch.tree_leaves(other), strict=True)
-    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs if isinstance(a, Tensor))
+    return all(torch.equal(_dense(a), _dense(b)) for a, b in pairs if isinstance(a, Tensor))
+
+
+def _dense(x: Tensor) -> Tensor:
+    """The elements of a tensor that may be sparse or nested, with numbers for NaN."""
+    x = torch.nested.to_padded_tensor(x, 0.0) if x.is_nested else x
+    return (x if x.layout == torch.strided else x.to_dense()).nan_to_num()

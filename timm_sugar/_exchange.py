@@ -64,6 +64,7 @@ class Change:
         self.fused = getattr(place.owner, "activation_relu_or_gelu", None)
         node = place.key
         self.node = (node.op, node.target, node.args, node.kwargs) if isinstance(node, torch.fx.Node) else None
+        self.meta = dict(node.meta) if isinstance(node, torch.fx.Node) else {}
         self.redirected: list[torch.fx.Node] = []
 
     def put(self, new: New) -> None:
@@ -99,6 +100,7 @@ class Change:
                 if key.op == "call_module":
                     owner.delete_submodule(str(key.target))
                 key.op, key.target, key.args, key.kwargs = self.node
+                key.meta.update(self.meta)
                 for user in self.redirected:
                     user.replace_input_with(key, _input_of(key))
                 owner.recompile()
@@ -172,6 +174,7 @@ def _rewrite(graph_module: nn.Module, node: torch.fx.Node, new: New) -> None:
     """Let a node of a graph call a new module or function on the input of the old one."""
     assert isinstance(graph_module, torch.fx.GraphModule)
     node.args, node.kwargs = (_input_of(node),), {}
+    node.meta.pop("is_wrapped", None)  # of a function that torch.fx.wrap names, which the new one isn't
     if isinstance(new, nn.Module):
         node.op, node.target = "call_module", f"{node.name}_sugar"
         graph_module.add_submodule(node.target, new.train(graph_module.training))

@@ -65,8 +65,9 @@ _METHODS = ("relu", "relu_")  # of a tensor
 # What stands behind x in a call in a graph, where it stands there without its name.
 _ARGUMENTS = {
     **{"leaky_relu": ("negative_slope", "inplace"), "elu": ("alpha", "inplace"), "celu": ("alpha", "inplace")},
-    "rrelu": ("lower", "upper", "training", "inplace"),
+    **{"rrelu": ("lower", "upper", "training", "inplace"), "sugar": ("surrogate",)},
 }
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def _qualified(kind: Any) -> str:
@@ -97,7 +98,18 @@ def is_activation_function(function: Any, types: Collection[Any] = ()) -> bool:
 
 
 def _unwrapped(function: Any) -> Any:
-    return _torch.uncompiled(function.func if isinstance(function, functools.partial) else function)
+    return _parts(function)[0]
+
+
+def _parts(function: Any) -> tuple[Any, dict[str, Any]]:
+    """What a partial or a compiled function calls, and the arguments that it gives by name."""
+    keywords: dict[str, Any] = {}
+    while (inner := _torch.uncompiled(function)) is not function or isinstance(function, functools.partial):
+        if isinstance(inner, functools.partial):
+            keywords = {**inner.keywords, **keywords}
+            inner = inner.func
+        function = inner
+    return function, keywords
 
 
 def own_surrogate(activation: Any) -> Surrogate:
@@ -112,7 +124,7 @@ def own_surrogate(activation: Any) -> Surrogate:
     if isinstance(activation, nn.Module):
         name, settings = _known_type(type(activation)), vars(activation)
     else:
-        function, settings = _unwrapped(activation), dict(getattr(activation, "keywords", {}))
+        function, settings = _parts(activation)
         name = "relu" if function in _METHODS else _BY_NAME.get(_qualified(function))
         name = name or next((own for known, own in _FUNCTIONS.items() if known is function), None)
     if name is None:
@@ -128,7 +140,7 @@ def own_surrogate(activation: Any) -> Surrogate:
 
 def _surrogate_of_call(function: Any) -> Surrogate:
     """The surrogate of `sugar`, or of a partial of it."""
-    given = {key: value for key, value in getattr(function, "keywords", {}).items() if key != "save_memory"}
+    given = {key: value for key, value in _parts(function)[1].items() if key != "save_memory"}
     return get_surrogate(given.pop("surrogate", "bsilu"), **given)
 
 
@@ -171,7 +183,7 @@ class Place:
         if isinstance(self.activation, SUGAR):
             return self.activation.surrogate, self.activation.values, self.activation.formula
         if _unwrapped(self.activation) is sugar:
-            surrogate = _surrogate_of_call(self.activation)
+            surrogate = _surrogate_of_call(self.with_arguments())
             return surrogate.name, surrogate.values, surrogate.formula
         if isinstance(self.key, torch.fx.Node) and self.activation in SUGAR_OPERATORS:
             _, name, values, formula = self.key.args
@@ -183,7 +195,7 @@ def is_in_place(place: Place) -> bool:
     """Whether an activation overwrites its input."""
     if isinstance(place.activation, nn.Module):
         return bool(getattr(place.activation, "inplace", False) or getattr(place.activation, "overwrites", False))
-    given = place.arguments() if isinstance(place.key, torch.fx.Node) else getattr(place.activation, "keywords", {})
+    given = place.arguments() if isinstance(place.key, torch.fx.Node) else _parts(place.activation)[1]
     return bool(given.get("inplace", False) or name_of(place.activation).endswith("_"))
 
 
@@ -254,15 +266,18 @@ def find_sugar_left(model: nn.Module) -> dict[str, str]:
                 found[prefix or type(model).__name__] = "scripted"
             continue
         found |= _out_of_reach(prefix, owner, replaced, _is_sugar, {"sugar"})
-        for kind in _own_types(owner):
+        for kind in () if isinstance(owner, torch.fx.GraphModule) else _own_types(owner):  # whose code is its graph
             for key, value in vars(kind).items():
-                if (
-                    key != "__init__"
-                    and isinstance(value := inspect.unwrap(value), types.FunctionType)
-                    and _calls_sugar(value)
-                ):
+                value = _function_of(value)
+                if key != "__init__" and isinstance(value, types.FunctionType) and _calls_sugar(value):
                     found[_dotted(prefix, key)] = "calls sugar()"
     return found
+
+
+def _function_of(value: Any) -> Any:
+    """What a property, method of a class or decorated function calls."""
+    function: Any = value.fget if isinstance(value, property) else value
+    return inspect.unwrap(function)
 
 
 def _out_of_reach(
@@ -271,7 +286,9 @@ def _out_of_reach(
     """Wanted activations that a module or its class keeps where they can't be exchanged: {name: why}."""
     found = {}
     for key, value in vars(owner).items():
-        if not key.startswith("_") and id(value) not in replaced and (why := _why_out_of_reach(value, wanted, called)):
+        names = {"sugar"} & set(called) if key.startswith("_") else called  # others keep a wrapped forward there
+        known = key in _OF_EVERY_MODULE or id(value) in replaced
+        if not known and (why := _why_out_of_reach(value, wanted, names)):
             found[_dotted(prefix, key)] = why
     for kind in _own_types(owner):
         for key, value in vars(kind).items():
@@ -306,8 +323,7 @@ def _is_fused(module: nn.Module) -> bool:
 
 def _why_out_of_reach(value: Any, wanted: Callable[[Any], bool], called: Collection[str]) -> str:
     """What holds an activation without being one: a container, a lambda, a method; empty if nothing of that kind."""
-    inside = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
-    if any(map(wanted, inside)):
+    if any(map(wanted, _inside(value))):
         return f"in a {type(value).__name__}"
     known = (getattr(value, "__module__", "") or "").startswith(("torch.", "timm.layers."))
     code = getattr(value, "__code__", None) if not known else None
@@ -316,8 +332,20 @@ def _why_out_of_reach(value: Any, wanted: Callable[[Any], bool], called: Collect
     return ""
 
 
+def _inside(value: Any, depth: int = 3) -> Iterator[Any]:
+    """What a container holds, and containers in it."""
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
+    for one in values:
+        yield one
+        if depth > 1:
+            yield from _inside(one, depth - 1)
+
+
 def _calls_sugar(function: types.FunctionType) -> bool:
     """Whether the code of a function names `sugar`, also below another name or inside of an inner function."""
+    given = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    if any(_is_sugar(value) for value in [*given, *inspect.getclosurevars(function).nonlocals.values()]):
+        return True
     codes = [function.__code__]
     while codes:
         code = codes.pop()
@@ -334,7 +362,8 @@ def _behaves_like_relu(module: nn.Module) -> bool:
         return module.min_val == 0  # as ReLU6
     if isinstance(module, nn.Threshold):
         return module.threshold == module.value == 0
-    if own or (type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, nn.Softplus)):
+    known = type(module).__module__.startswith("torch.nn.modules") and not isinstance(module, nn.Softplus)
+    if own or known or isinstance(module, torch.fx.GraphModule):  # in which nodes are looked for
         return False
     try:
         probe = torch.tensor([[-20.0, -15.0, 15.0, 20.0]])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -31,6 +33,7 @@ from timm_sugar.surrogate import Surrogate, get_surrogate
 
 SAME = "same"  # in place of a surrogate's name: each activation keeps its own derivative
 Chosen = str | Surrogate
+_CALL_WITH_X_ALONE = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _OPTIONS = ("filter_fn", "types", "example", "save_memory")  # of sugarize, what isn't a surrogate's parameter
 
 
@@ -110,6 +113,8 @@ def sugarize(
     """
     _require_module(model, "sugarize")
     if is_activation(model, types):
+        if filter_fn is not None and not filter_fn(model, "0"):
+            raise ValueError("nothing to replace: the filter leaves the activation, whose name is '0' here")
         return _exchanged_itself(model, surrogate, types, save_memory, parameters)
     _sugarize(model, surrogate, filter_fn, types, example, save_memory, parameters)
     return model
@@ -226,7 +231,7 @@ def to_relu(model: nn.Module) -> Any:
     """
     _require_module(model, "to_relu")
     if isinstance(model, SUGAR):
-        return nn.ReLU()
+        return to_relu(nn.Sequential(model))[0]
     places = [place for place in find_places(model) if place.settings() is not None]
     left = find_sugar_left(model)
     if not places:
@@ -254,17 +259,31 @@ def replace_activations(model: nn.Module, make: Callable[[], nn.Module]) -> Any:
         The model.
 
     Raises:
-        ValueError: if there is no SUGAR module in it.
+        ValueError: if there is no SUGAR module in it, or one overwrites its input and the new activation can't.
+        TypeError: if `model` or what `make` returns is no module.
 
     Example:
         >>> model = timm_sugar.replace_activations(timm.create_model("test_resnet_sugar"), nn.GELU)
         >>> set(timm_sugar.list_activations(model).values())
         {'GELU'}
     """
+    _require_module(model, "replace_activations")
     places = [place for place in find_places(model) if isinstance(place.activation, SUGAR)]
     if not places:
         raise ValueError(f"there is no SUGAR module below {type(model).__name__} to replace")
-    exchange(one_new_for_each_old(places, lambda _: make()))
+
+    def made(place: Place) -> nn.Module:
+        new = make()
+        if not isinstance(new, nn.Module):
+            raise TypeError(f"make() has to return a new module, not {new!r}")
+        if place.activation.overwrites:
+            name = "overwrites" if isinstance(new, SUGAR) else "inplace"
+            if name not in vars(new):
+                raise ValueError(f"{place.name} overwrites its input, which {type(new).__name__} can't")
+            setattr(new, name, True)
+        return new
+
+    exchange(one_new_for_each_old(places, made))
     return model
 
 
@@ -345,9 +364,17 @@ def resolve_surrogate(surrogate: Any, parameters: dict[str, Any], name: str) -> 
 
 
 def _relu_for(place: Place) -> New:
-    if isinstance(place.activation, SUGAR) and not isinstance(place.activation, FunctionalSUGAR):
-        return nn.ReLU(inplace=place.activation.overwrites)
-    return F.relu_ if getattr(place.activation, "overwrites", False) else F.relu
+    """ReLU of PyTorch alone. For a function, one that takes further arguments without effect, as FunctionalSUGAR."""
+    if isinstance(place.key, torch.fx.Node) or isinstance(place.owner, _CALL_WITH_X_ALONE):
+        return F.relu
+    if not isinstance(place.activation, FunctionalSUGAR):
+        return nn.ReLU(inplace=getattr(place.activation, "overwrites", False))
+    graph = torch.fx.Graph()
+    for name, parameter in list(inspect.signature(place.activation.forward).parameters.items()):
+        graph.placeholder(name, type_expr=parameter.annotation, default_value=parameter.default)
+    x = next(iter(graph.nodes))
+    graph.output(graph.call_function(F.relu, (x, place.activation.overwrites)))
+    return torch.fx.GraphModule(nn.Module(), graph)
 
 
 def _plan(choose: dict[Place, Surrogate], save_memory: bool) -> dict[Place, New]:
@@ -366,7 +393,9 @@ def _plan(choose: dict[Place, Surrogate], save_memory: bool) -> dict[Place, New]
         function = isinstance(place.key, str) and (
             isinstance(place.activation, FunctionalSUGAR) or not isinstance(place.activation, nn.Module)
         )
-        return (FunctionalSUGAR if function else SUGAR)(False, surrogate=todo[place], save_memory=save_memory)
+        new = (FunctionalSUGAR if function else SUGAR)(False, surrogate=todo[place], save_memory=save_memory)
+        new.overwrites = getattr(place.activation, "overwrites", False)
+        return new
 
     def setting(place: Place) -> Any:
         return todo[place].name, tuple(todo[place].values), todo[place].formula

@@ -561,12 +561,45 @@ def test_relu_model_holds_nothing_of_this_package(name: str) -> None:
         to_relu(model)
 
 
-def test_relu_model_has_modules_where_modules_were_and_functions_where_functions_were() -> None:
+def test_relu_model_has_relu_where_modules_were_and_what_is_called_like_a_function_where_functions_were() -> None:
     model = net()
     sugarize(model)
     assert to_relu(model) is model
     assert type(model.act) is nn.ReLU
-    assert model.act_fn is F.relu
+    assert list_activations(model) == {"act": "ReLU", "act_fn.relu": "relu"}
+    x = net_input()
+    for further in ({}, {"approximate": "tanh"}, {"inplace": True}, {"negative_slope": 0.2}):
+        assert torch.equal(model.act_fn(x, **further), F.relu(x))
+    assert torch.equal(model.act_fn(x, 0.2), F.relu(x))
+    assert (x < 0).any()  # it was not overwritten
+    assert "timm_sugar" not in model.act_fn.code
+
+
+@JIT_IS_DEPRECATED
+@pytest.mark.filterwarnings("ignore:The TorchScript type system doesn't support instance-level annotations:UserWarning")
+def test_relu_model_with_a_function_can_be_scripted_and_pickled() -> None:
+    model, x = to_relu(sugarize(net())), net_input()
+    assert torch.equal(torch.jit.script(model.act_fn)(x), F.relu(x))
+    assert torch.equal(pickle.loads(pickle.dumps(model))(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("function", "args", "kwargs"),
+    [
+        *[(F.leaky_relu, (0.2,), {}), (F.elu, (1.0,), {}), (F.silu, (True,), {}), (F.relu, (), {"inplace": True})],
+        *[
+            (F.leaky_relu, (), {"negative_slope": 0.2}),
+            (F.gelu, (), {"approximate": "tanh"}),
+            (F.rrelu, (0.1, 0.2), {}),
+        ],
+    ],
+)
+def test_relu_model_computes_what_sugar_did_however_the_function_is_called(
+    function: Callable[..., Tensor], args: Any, kwargs: Any
+) -> None:
+    model, x = OverwritesByFunction(function, *args, **kwargs), torch.randn(5, 4)
+    expected = sugarize(model)(x)
+    assert torch.equal(to_relu(model)(x), expected)
 
 
 def test_round_trip_gives_the_surrogate_back() -> None:
@@ -574,7 +607,7 @@ def test_round_trip_gives_the_surrogate_back() -> None:
     sugarize(model, "nelu", alpha=0.3)
     expected = gradients(model, x)
     to_relu(model)
-    assert report(model, "nelu", alpha=0.3) == {"act": "ReLU", "act_fn": "relu"}
+    assert report(model, "nelu", alpha=0.3) == {"act": "ReLU", "act_fn.relu": "relu"}
     torch.testing.assert_close(gradients(model, x), expected, rtol=0, atol=0)
 
 
@@ -1100,7 +1133,15 @@ def test_an_activation_that_was_compiled_by_itself_runs_no_more(how: str) -> Non
     assert set(list_activations(model).values()) == {"ReLU"}
 
 
-@pytest.mark.parametrize("compiled", [lambda f: torch.compile(f, backend="eager"), functools.partial])
+@pytest.mark.parametrize(
+    "compiled",
+    [
+        lambda f: torch.compile(f, backend="eager"),
+        functools.partial,
+        lambda f: functools.partial(torch.compile(f, backend="eager")),
+        lambda f: torch.compile(functools.partial(f, approximate="tanh"), backend="eager"),
+    ],
+)
 def test_a_function_that_was_compiled_is_known(compiled: Callable[..., Any]) -> None:
     model = net(compiled(F.gelu))
     assert report(model) == {"act": "SiLU", "act_fn": "gelu"}
@@ -1113,6 +1154,15 @@ def test_a_function_that_was_compiled_is_known(compiled: Callable[..., Any]) -> 
 another_name = sugar
 
 
+def closed_over() -> Callable[..., Tensor]:
+    inner = sugar
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return inner(x)
+
+    return forward
+
+
 class ByHand(nn.Module):
     """Calls SUGAR in each way that `to_relu` can't replace, and in two that it can."""
 
@@ -1122,7 +1172,8 @@ class ByHand(nn.Module):
         super().__init__()
         self.act, self.function = SUGAR(), functools.partial(another_name, surrogate="nelu", alpha=0.3)
         self.bare = sugar
-        self.in_list = [SUGAR()]
+        self.in_list, self._private, self.nested = [SUGAR()], [SUGAR()], [[SUGAR()]]
+        self._function = lambda x: sugar(x)
         self.relus = [nn.ReLU()]  # these are no business of to_relu
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1134,6 +1185,15 @@ class ByHand(nn.Module):
     def renamed(self, x: Tensor) -> Tensor:
         return another_name(x)
 
+    def default(self, x: Tensor, act: Any = sugar) -> Tensor:
+        return act(x)
+
+    @property
+    def value(self) -> Tensor:
+        return sugar(torch.ones(1))
+
+    closed = closed_over()
+
 
 @JIT_IS_DEPRECATED
 def test_to_relu_names_the_sugar_that_it_cannot_replace() -> None:
@@ -1144,11 +1204,12 @@ def test_to_relu_names_the_sugar_that_it_cannot_replace() -> None:
     text = str(caught[0].message)
     for found in (
         *("h.in_list (in a list)", "h.in_class (an attribute of the class)", "scripted (scripted)"),
-        *("h.block (calls sugar())", "h.renamed (calls sugar())"),
+        *(f"h.{name} (calls sugar())" for name in ("block", "renamed", "default", "value", "closed")),
+        *("h._private (in a list)", "h.nested (in a list)", "h._function (called inside a function)"),
     ):
         assert found in text
-    assert text.count("(") - text.count("()") == 5  # and names nothing else
-    assert (type(model["h"].act), model["h"].function, model["h"].bare) == (nn.ReLU, F.relu, F.relu)
+    assert text.count("(") - text.count("()") == 11  # and names nothing else
+    assert {type(act) for act in (model["h"].act, model["h"].function, model["h"].bare)} == {nn.ReLU}
     with pytest.raises(ValueError, match=r"no SUGAR activation below ByHand.*block \(calls sugar\(\)\)"):
         to_relu(model["h"])
 
@@ -1229,6 +1290,69 @@ def test_an_example_shows_a_call_that_asks_a_function_to_overwrite(args: Any, kw
         sugarize(model, example=torch.randn(5, 4))
 
 
+def test_what_overwrites_its_input_does_so_after_later_surgery() -> None:
+    x, model = torch.randn(3, 4), ReturnsIt()
+    expected = copy.deepcopy(model)(x)["out"]
+    sugarize(model, example=x)
+    sugarize(model, "nelu")
+    assert torch.equal(model(x)["out"], expected)
+    with sugarized(model, "bsilu"):
+        assert torch.equal(model(x)["out"], expected)
+    replace_activations(model, SUGAR)
+    assert torch.equal(model(x)["out"], expected)
+    with pytest.raises(ValueError, match="act overwrites its input, which GELU can't"):
+        replace_activations(model, nn.GELU)
+    alone = copy.deepcopy(model)
+    alone.act = to_relu(alone.act.eval())
+    assert (alone.act.inplace, alone.act.training) == (True, False)
+    assert torch.equal(alone(x)["out"], expected)
+    replace_activations(model, nn.ReLU)
+    assert torch.equal(model(x)["out"], expected)
+
+
+def test_an_input_that_the_next_activation_reads_is_read_again() -> None:
+    class Chained(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.ReLU(inplace=True), nn.ReLU(inplace=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x + 0
+            self.a(h)
+            return self.b(h)
+
+    x = torch.tensor([2.0, -1.0], requires_grad=True)
+    model = sugarize(Chained(), example=x.detach())
+    assert model.a.overwrites
+    model(x).sum().backward()
+    derivative = get_surrogate("bsilu").derivative
+    torch.testing.assert_close(x.grad, derivative(x.detach(), 1.67) * derivative(F.relu(x.detach()), 1.67))
+
+
+def test_replace_activations_takes_modules_alone() -> None:
+    model = sugarize(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    for bad in (lambda: F.gelu, lambda: nn.GELU):
+        with pytest.raises(TypeError, match="has to return a new module"):
+            replace_activations(model, bad)
+        assert type(model[1]) is SUGAR
+
+
+def test_a_sparse_output_is_compared_too() -> None:
+    model = nn.Sequential(nn.ReLU(inplace=True), Sparse())
+    sugarize(model, example=torch.randn(3, 4))
+    assert type(model[0]) is SUGAR
+
+
+class Sparse(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to_sparse()
+
+
+def test_a_filter_holds_for_a_model_that_is_an_activation() -> None:
+    with pytest.raises(ValueError, match="the filter leaves the activation"):
+        sugarize(nn.ReLU(), filter_fn=lambda module, name: False)
+
+
 # --- what looks like an activation of ours and isn't
 
 
@@ -1254,3 +1378,31 @@ def test_same_gives_celu_a_slope_of_1_at_0() -> None:
     x = torch.tensor([-1e-6, 1.0], requires_grad=True)
     model(x).sum().backward()
     torch.testing.assert_close(x.grad, torch.ones(2))
+
+
+torch.fx.wrap("sugar")
+
+
+def test_a_call_of_sugar_in_a_graph_has_its_settings_and_can_be_replaced() -> None:
+    class Calls(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return sugar(x, "nelu", alpha=0.05)
+
+    def gradient(model: nn.Module) -> Tensor:
+        x = torch.tensor([-1.0, 1.0], requires_grad=True)
+        return torch.autograd.grad(model(x).sum(), x)[0]
+
+    graph, x = torch.fx.symbolic_trace(Calls()), torch.tensor([-1.0, 1.0])
+    nelu = get_surrogate("nelu", alpha=0.05).derivative(x, 0.05)
+    with sugarized(graph, "bsilu"):
+        torch.testing.assert_close(gradient(graph), get_surrogate("bsilu").derivative(x, 1.67))
+    torch.testing.assert_close(gradient(graph), nelu)
+    torch.testing.assert_close(gradient(sugarize(graph, "same")), nelu)
+    torch.testing.assert_close(gradient(to_relu(graph)), torch.tensor([0.0, 1.0]))
+    assert "wrap" not in graph.code
+    assert torch.fx.symbolic_trace(Functional())(x).shape == x.shape  # tracing works as before
+
+
+class Functional(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x)
