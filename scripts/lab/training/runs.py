@@ -40,7 +40,7 @@ def find_checkpoint(resume: Path | None) -> Path | None:
             continue
         return path
     log = resume / "train.log"
-    if log.exists() and log.read_text(encoding="utf-8").startswith(FORK):
+    if log.exists() and log.read_text(encoding="utf-8", errors="replace").startswith(FORK):
         raise UserError(
             f"{resume} was to go on from another run and ended before its first checkpoint: remove it, then give the "
             "command again that began it"
