@@ -67,7 +67,6 @@ _ARGUMENTS = {
     **{"leaky_relu": ("negative_slope", "inplace"), "elu": ("alpha", "inplace"), "celu": ("alpha", "inplace")},
     **{"rrelu": ("lower", "upper", "training", "inplace"), "sugar": ("surrogate",)},
 }
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 
 
 def _qualified(kind: Any) -> str:
@@ -280,6 +279,12 @@ def _function_of(value: Any) -> Any:
     return inspect.unwrap(function)
 
 
+@functools.cache
+def _of_every_module() -> frozenset[str]:
+    """Names of what every module keeps."""
+    return frozenset(vars(nn.Module()))
+
+
 def _out_of_reach(
     prefix: str, owner: nn.Module, replaced: set[int], wanted: Callable[[Any], bool], called: Collection[str]
 ) -> dict[str, str]:
@@ -287,7 +292,7 @@ def _out_of_reach(
     found = {}
     for key, value in vars(owner).items():
         names = {"sugar"} & set(called) if key.startswith("_") else called  # others keep a wrapped forward there
-        known = key in _OF_EVERY_MODULE or id(value) in replaced
+        known = key in _of_every_module() or id(value) in replaced
         if not known and (why := _why_out_of_reach(value, wanted, names)):
             found[_dotted(prefix, key)] = why
     for kind in _own_types(owner):
