@@ -214,6 +214,7 @@ def to_relu(model: nn.Module) -> Any:
     Args:
         model: any module with SUGAR in it; one that is itself SUGAR comes back as nn.ReLU.
 
+    Where a module keeps a function, ReLU stands as a small torch.fx graph that is called like the function.
     What it can't replace is named in one warning: calls of `sugar` in a `forward`, SUGAR in a list or in a scripted
     module. Functions that a `forward` calls are not looked into.
 
