@@ -211,9 +211,9 @@ def _check_on_example(model: nn.Module, plan: Mapping[Place, New], example: Any,
 def to_relu(model: nn.Module) -> Any:
     """Replace every SUGAR by nn.ReLU, in place and with bit-equal outputs; the model then needs this package no more.
 
-    Where a module keeps a function, ReLU stands as a small torch.fx graph that is called like the function. What it can't
-    replace is named in one warning: calls of `sugar` in a `forward`, SUGAR in a list or in a scripted module. Functions
-    that a `forward` calls are not looked into.
+    Where a module keeps a function, a small torch.fx graph of ReLU takes its place, which is called like the function.
+    What can't be replaced is named in one warning: calls of `sugar` in a `forward`, SUGAR in a list or in a scripted
+    module. Functions that a `forward` calls are not looked into.
 
     Args:
         model: any module with SUGAR in it; one that is itself SUGAR comes back as nn.ReLU.
