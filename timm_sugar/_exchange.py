@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,10 +50,15 @@ def exchange(plan: Mapping[Place, New]) -> list[Change]:
             done.append(Change(place))
             done[-1].put(new)
     except Exception as error:
-        for change in reversed(done):
-            change.undo()
+        undo_all(done)
         raise ValueError(f"{done[-1].place.name} can't be replaced ({error}); the model is unchanged") from error
     return done
+
+
+def undo_all(changes: Sequence[Change | Renamed]) -> None:
+    """Undo changes, the last one first."""
+    for change in reversed(changes):
+        change.undo()
 
 
 class Change:

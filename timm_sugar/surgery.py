@@ -15,7 +15,7 @@ from torch import nn
 
 from timm_sugar import _torch
 from timm_sugar._example import call, equal_outputs, inference, watch_example
-from timm_sugar._exchange import Change, New, Renamed, exchange, one_new_for_each_old, rename_in_configs
+from timm_sugar._exchange import Change, New, Renamed, exchange, one_new_for_each_old, rename_in_configs, undo_all
 from timm_sugar._places import (
     Place,
     find_leftovers,
@@ -156,8 +156,7 @@ def _sugarize(
             _check_on_example(model, plan, example, expected)
         changes += rename_in_configs(model, left, types)
     except BaseException:  # warnings that are errors, what the model raises on the example, Ctrl-C
-        for change in reversed(changes):
-            change.undo()
+        undo_all(changes)
         raise
     if plan and save_memory:
         share_within(model, [module for module in model.modules() if isinstance(module, SUGAR) and module.save_memory])
@@ -171,8 +170,7 @@ def _output_of_relu(model: nn.Module, plan: Mapping[Place, New], example: Any) -
         with inference(model):
             return call(model, example)
     finally:
-        for change in reversed(changes):
-            change.undo()
+        undo_all(changes)
 
 
 def _reference(place: Place, new: New) -> New:
@@ -313,8 +311,7 @@ def sugarized(model: nn.Module, surrogate: Chosen | Mapping[str, Chosen] = "bsil
     try:
         yield model
     finally:
-        for change in reversed(changes):
-            change.undo()
+        undo_all(changes)
         if save_memory:
             share_as_before()
 
@@ -371,7 +368,7 @@ def _relu_for(place: Place) -> New:
     if not isinstance(place.activation, FunctionalSUGAR):
         return nn.ReLU(inplace=getattr(place.activation, "overwrites", False))
     graph = torch.fx.Graph()
-    for name, parameter in list(inspect.signature(place.activation.forward).parameters.items()):
+    for name, parameter in inspect.signature(place.activation.forward).parameters.items():
         graph.placeholder(name, type_expr=parameter.annotation, default_value=parameter.default)
     x = next(iter(graph.nodes))
     graph.output(graph.call_function(F.relu, (x, place.activation.overwrites)))

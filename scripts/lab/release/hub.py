@@ -114,7 +114,7 @@ def push(api: HfApi, repo_id: str, folder: Path, private: bool) -> list[str]:
     done = changes(api, repo_id, folder)
     version = f"v{__version__}"
     with _one_line(repo_id):
-        if done and done[0].startswith("create "):
+        if f"create {repo_id}" in done:
             api.create_repo(repo_id, private=True, exist_ok=True)
         tagged = _is_tagged(api, repo_id, folder, done)
         if done:
