@@ -10,11 +10,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from lab.cli import UserError, real, whole, yaml_options
 from lab.experiments.table import TABLES, list_tables, load_table
-from lab.training.options import build_parser, parse_args
+from lab.training.options import build_parser, find_unused, parse_args
 from scripting import SCRIPTS, error_line, load_script
+from timm.scheduler import create_scheduler_v2
 
 CPU = ["--device", "cpu"]
 RESULTS = SCRIPTS.parent / "results"
@@ -35,6 +37,7 @@ REFUSED = """
 --aa rand-n99-tweights|--aa augmix-w0|--aa augmix-a0|--aa augmix-d0|--aa original-mstdx|--aa v0-m9
 --aa rand-m9-mstd1.2.3|--clip-mode agc|--model-ema-decay 0.99|--model-ema-warmup|--remode rand
 --mixup-prob 0.5|--mixup-off-epoch 2|--mixup-mode elem|--dataset-download
+--input-key image|--target-key label
 --recount 2|--bce-target-thresh 0.2|--layer-decay-min-scale 0.1|--pretrained-path x
 """
 CASES = REFUSED.replace("\n", "|").strip("|").split("|")
@@ -60,10 +63,55 @@ def test_yaml_has_the_same_ranges(words: str, tmp_path: Path, capsys: pytest.Cap
     assert f"--{option}" in error_line(load_script("train").main, argv, capsys)
 
 
-@pytest.mark.parametrize("words", ["--aa 3a --hflip 0", "--aa= --hflip 0.5"])
-def test_what_no_aug_turns_off_is_one_line(words: str, caplog: pytest.LogCaptureFixture) -> None:
-    parse_args([*CPU, "--no-aug", *words.split()])
-    assert caplog.messages == (["--no-aug: no effect of --hflip, --aa"] if "3a" in words else [])
+OFF = {
+    "--no-aug --aa 3a --hflip 0": "--no-aug: no effect of --hflip, --aa",
+    "--no-aug --aa= --hflip 0.5": "",
+    "--decay-rate 0.5 --decay-epochs 3": "--sched cosine: no effect of --decay-epochs, --decay-rate",
+    "--decay-rate 0.5 --decay-epochs 3 --sched step": "",
+    "--sched constant --min-lr 1e-5 --warmup-lr 0": "--sched constant: no effect of --min-lr",
+    "--sched none --warmup-lr 0 --sched-on-updates": "--sched none: no effect of --sched-on-updates, --warmup-lr",
+    "--amp-dtype bfloat16": "without --amp: no effect of --amp-dtype",
+    "--amp --amp-dtype bfloat16": "",
+    "--warmup-epochs 0 --warmup-lr 1e-6": "--warmup-epochs 0: no effect of --warmup-lr",
+    "--opt-betas 0.9 0.99 --opt-eps 1e-6": "--opt sgd: no effect of --opt-eps, --opt-betas",
+    "--opt lookahead_AdamW --opt-betas 0.9 0.99 --momentum 0.5": "--opt lookahead_AdamW: no effect of --momentum",
+    "--lr 0.1 --lr-base 0.2": "--lr: no effect of --lr-base",
+}
+
+
+@pytest.mark.parametrize(("words", "line"), OFF.items())
+def test_what_another_option_turns_off_is_one_line(words: str, line: str, caplog: pytest.LogCaptureFixture) -> None:
+    parse_args([*CPU, *words.split()])
+    assert caplog.messages == ([line] if line else [])
+
+
+OTHER_SETTINGS = {"decay_epochs": 10.0, "decay_rate": 0.5, "decay_milestones": [10], "min_lr": 1e-3} | {
+    "cooldown_epochs": 3, "warmup_lr": 1e-3, "warmup_epochs": 7, "warmup_prefix": True
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("sched", ["cosine", "tanh", "poly", "step", "multistep", "wsd", "constant", "none"])
+@pytest.mark.parametrize("name", OTHER_SETTINGS)
+def test_a_schedule_of_timm_reads_what_is_not_named_as_unused(sched: str, name: str) -> None:
+    """By its learning rates, and its number of epochs, with one setting changed."""
+    asked, _ = parse_args([*CPU, "--sched", sched, "--epochs", "100"])
+    settings = {key: getattr(asked, key) for key in OTHER_SETTINGS} | {"decay_epochs": 20.0, "decay_milestones": [30]}
+    settings |= {"min_lr": 1e-4, "warmup_prefix": name in ("warmup_epochs", "warmup_prefix") and sched == "none"}
+    other = settings | {name: not settings[name] if name == "warmup_prefix" else OTHER_SETTINGS[name]}
+    changed = rates(sched, settings) != rates(sched, other)
+    assert changed == (name not in find_unused([name], asked).get(f"--sched {sched}", []))
+
+
+def rates(sched: str, settings: dict[str, object]) -> list[float]:
+    """The number of epochs, and the learning rate of each."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.1)
+    schedule, epochs = create_scheduler_v2(optimizer, sched, num_epochs=100, **settings)
+    found: list[float] = [epochs]
+    for epoch in range(110):
+        if schedule:
+            schedule.step(epoch)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
 
 
 @pytest.mark.parametrize("name", sorted(DEFAULTS.keys() - {"config", "resume"}))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from timm.optim import get_optimizer_info
 
 from lab.cli import Parser, UserError, as_option, choose_device, yaml_options
 from lab.training.groups import CHANNELS, add_groups
@@ -18,13 +21,27 @@ _NEEDS: dict[str, str | tuple[str, ...]] = {  # an option by the one, or one of 
     **{"pretrained_path": "pretrained", "clip_mode": "clip_grad"},
     **{"bce_target_thresh": "bce_loss", "layer_decay_min_scale": "layer_decay"},
     **dict.fromkeys(("mixup_prob", "mixup_switch_prob", "mixup_mode", "mixup_off_epoch"), ("mixup", "cutmix")),
-    **{"validation_batch_size": "val_split", "dataset_download": "dataset"},
+    **{"validation_batch_size": "val_split"},
+    **dict.fromkeys(("dataset_download", "input_key", "target_key"), "dataset"),
     **{"blend_order": "blend_epochs", "temperature": "distill"},  # of scripts/convert.py
 }
 _AUGMENTATION = (  # what --no-aug turns off
     *("train_crop_mode", "scale", "ratio", "hflip", "vflip", "color_jitter", "aa", "train_interpolation"),
     *("reprob", "remode", "recount"),
 )
+_BASE = ("lr_base", "lr_base_size", "lr_base_scale")  # what --lr stands for
+_CYCLES = ("cosine", "tanh", "poly")
+_WARM = (*_CYCLES, "step", "multistep", "wsd", "constant")
+_SCHEDULES = {  # an option by the schedules of timm that read it
+    **{
+        "decay_epochs": ("step", "wsd"),
+        "decay_milestones": ("multistep",),
+        "decay_rate": ("step", "multistep", "poly"),
+    },
+    **dict.fromkeys(("min_lr", "cooldown_epochs"), (*_CYCLES, "wsd")),
+    **dict.fromkeys(("warmup_lr", "sched_on_updates"), _WARM),
+}
+_OPTIMIZERS = {"opt_eps": "has_eps", "opt_betas": "has_betas", "momentum": "has_momentum"}  # timm's OptimInfo
 
 
 def build_parser(description: str = "", prog: str = "train.py") -> Parser:
@@ -91,7 +108,7 @@ def name_folder(args: argparse.Namespace, asked: argparse.Namespace, resume: Pat
 
 
 def check_effects(parser: Parser, asked: argparse.Namespace, args: argparse.Namespace) -> None:
-    """Raises UserError for an option that has no effect without another; warns of what --no-aug turns off.
+    """Raises UserError for an option that has no effect without another; warns of those that another one turns off.
 
     `asked` are the options but for those that a resumed run was begun with.
     """
@@ -101,9 +118,24 @@ def check_effects(parser: Parser, asked: argparse.Namespace, args: argparse.Name
         needed = (needed,) if isinstance(needed, str) else needed
         if needed and not any(getattr(args, other) for other in needed):
             raise UserError(f"{as_option(name)} has no effect without {' or '.join(map(as_option, needed))}")
-    unused = [as_option(name) for name in given if name in _AUGMENTATION]
-    if args.no_aug and unused:
-        _logger.warning("--no-aug: no effect of %s", ", ".join(unused))
+    for cause, names in find_unused(given, args).items():
+        _logger.warning("%s: no effect of %s", cause, ", ".join(map(as_option, names)))
+
+
+def find_unused(given: Sequence[str], args: argparse.Namespace) -> dict[str, list[str]]:
+    """Which of the options `given` another one turns off, by that one."""
+    off: dict[str, Sequence[str]] = {
+        "--no-aug": _AUGMENTATION if args.no_aug else (),
+        "without --amp": () if args.amp else ("amp_dtype",),
+        "--lr": _BASE if args.lr else (),
+        f"--sched {args.sched}": [name for name, kinds in _SCHEDULES.items() if args.sched not in kinds],
+        "--warmup-epochs 0": () if args.warmup_epochs else ("warmup_lr", "warmup_prefix"),
+    }
+    with contextlib.suppress(ValueError):  # an unknown --opt is refused where it is built
+        optimizer = get_optimizer_info(args.opt.lower().split("_")[-1])
+        off[f"--opt {args.opt}"] = [name for name, has in _OPTIMIZERS.items() if not getattr(optimizer, has)]
+    unused = {cause: [name for name in given if name in names] for cause, names in off.items()}
+    return {cause: names for cause, names in unused.items() if names}
 
 
 def check_options(args: argparse.Namespace) -> None:
