@@ -205,7 +205,7 @@ def _apply_eagerly(x: Tensor, surrogate: str, values: list[float], formula: str)
     known = known_surrogate(surrogate, formula)
     prepare(x, known, values)
     function = _EagerFunction if _torch.can_nest else _TransformedFunction
-    return function.apply(x, (None if uses_relu_gradient.get() else known, values))
+    return function.apply(x, (None if uses_relu_gradient.get() else known, values[:]))  # a module's may change
 
 
 def apply(x: Tensor, surrogate: str, values: list[float], formula: str) -> Tensor:

@@ -63,12 +63,13 @@ class Scope:
         if not torch.compiler.is_compiling():
             below = (module for module in model.modules() if module is not model)
             is_private = not _torch.has_global_hooks() and not any(map(_torch.has_forward_hooks, below))
+            self.close()
             _calls.running.append(_Call(self, weakref.ref(model), is_private))
 
-    def close(self, model: nn.Module, inputs: Any, output: Any) -> None:
-        """End a call, also one that raised."""
-        if not torch.compiler.is_compiling() and _calls.running and _calls.running[-1].scope is self:
-            _calls.running.pop()
+    def close(self, *_: Any) -> None:
+        """End a call, also one that raised; one that was interrupted (Ctrl-C) ends when the next begins."""
+        if not torch.compiler.is_compiling():
+            _calls.running = [call for call in _calls.running if call.scope is not self]
 
 
 def share_within(model: nn.Module, activations: list[nn.Module]) -> None:

@@ -346,10 +346,9 @@ def _pass(model: nn.Module, batch: Any, criterion: Callable[[Any, Any], Tensor] 
     if target is None:
         raise ValueError("no targets for the loss: give pairs of a batch and its targets, or criterion=None")
     real = [value for value in inputs.values() if isinstance(value, Tensor) and value.is_floating_point()]
-    start = [p for p in weights if p.requires_grad] + [x.requires_grad_() for x in real]  # through frozen layers, too
-    frozen = [] if start else [p for p in weights if p.is_floating_point()]
-    try:
-        start += [p.requires_grad_() for p in frozen]
+    frozen = [] if real else [p for p in weights if p.is_floating_point() and not p.requires_grad]
+    try:  # gradients flow through frozen layers, too: from the inputs, or else from the weights of these layers
+        start = [x.requires_grad_() for x in [*real, *frozen]] + [p for p in weights if p.requires_grad]
         # A copy, since the first layer may overwrite it.
         outputs = _call(model, {key: x.clone() if isinstance(x, Tensor) else x for key, x in inputs.items()})
         torch.autograd.grad(criterion(outputs, _tensor(target, device)), start, allow_unused=True)

@@ -369,6 +369,9 @@ def test_integers_into_a_frozen_model_have_a_gradient_flow_too() -> None:
     assert expected.flow > 0
     assert diagnose(model.requires_grad_(False), [(tokens, target)]).flow == expected.flow
     assert not any(p.requires_grad for p in model.parameters())
+    model[3].requires_grad_()  # behind the activation, so that its gradient does not pass through it
+    assert diagnose(model, [(tokens, target)]).flow == expected.flow
+    assert [p.requires_grad for p in model.parameters()] == [False, False, False, True, True]
 
 
 class Scalar(nn.Module):

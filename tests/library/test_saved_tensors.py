@@ -559,17 +559,23 @@ def test_forward_mode_over_the_backward_pass_of_a_model_that_shares_memory() -> 
     torch.testing.assert_close(*tangents, rtol=1e-9, atol=1e-11)
 
 
-def test_a_call_that_raised_is_over(replaced: list[Any]) -> None:
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_a_call_that_raised_is_over(error: type[BaseException], replaced: list[Any]) -> None:
     class Raises(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
-            raise ValueError
+            if x.shape[0] == 2:
+                raise error
+            return x
 
     model = timm_sugar.sugarize(nn.Sequential(nn.Linear(6, 6), nn.ReLU(), Raises()), save_memory=True)
-    with pytest.raises(ValueError):  # noqa: PT011
+    _saved_tensors.share_within(model, [model[1]])
+    with pytest.raises(error):
         model(torch.ones(2, 6))
+    if error is KeyboardInterrupt:  # of which PyTorch tells no hook
+        model(torch.ones(1, 6))
+    assert not _saved_tensors._calls.running
     model[1](model[0](model[1](model[0](torch.ones(2, 6)))))
     assert not replaced
-    assert not _saved_tensors._calls.running
 
 
 @pytest.mark.needs_sharing

@@ -126,6 +126,9 @@ def test_backward_pass_has_the_values_of_its_forward_pass() -> None:
     y = module(x)
     module.alpha = 0.2
     torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], slope(x, alpha=1.0), **EXACT)
+    y = module(x)
+    module.values[0] = 0.7  # the list itself
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], slope(x, alpha=0.2), **EXACT)
 
 
 @pytest.mark.needs_compiled_gradient
