@@ -93,8 +93,8 @@ def watch_example(model: nn.Module, example: Any, in_place: Mapping[nn.Module, s
     try:
         with inference(model), watch:
             output = call(model, example)
-        for x in _torch.tree_leaves(output):  # what is returned is read, too
-            if isinstance(x, Tensor) and (found := watch.inputs.get(_storage(x))):
+        for x in _tensors(output):  # what is returned is read, too
+            if found := watch.inputs.get(_storage(x)):
                 watch.read_again.add(found[1])
     finally:
         for handle in handles:
@@ -122,8 +122,17 @@ def _hooks(watch: _Watch, name: str, in_place: Mapping[nn.Module, str]) -> tuple
 
 def equal_outputs(one: Any, other: Any) -> bool:
     """Whether two outputs hold the same tensors, bit for bit but for NaN."""
-    pairs = zip(_torch.tree_leaves(one), _torch.tree_leaves(other), strict=True)
-    return all(torch.equal(_dense(a), _dense(b)) for a, b in pairs if isinstance(a, Tensor))
+    return all(torch.equal(_dense(a), _dense(b)) for a, b in zip(_tensors(one), _tensors(other), strict=True))
+
+
+def _tensors(output: Any, seen: tuple[Any, ...] = ()) -> Iterator[Tensor]:
+    """What a model returns in containers, or in the attributes of an object."""
+    for leaf in _torch.tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif not any(leaf is one for one in seen):
+            inside = [*leaf.values()] if isinstance(leaf, Mapping) else vars(leaf) if hasattr(leaf, "__dict__") else {}
+            yield from _tensors(inside, (*seen, leaf))
 
 
 def _dense(x: Tensor) -> Tensor:

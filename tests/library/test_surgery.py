@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
-from collections import OrderedDict
+from collections import OrderedDict, UserDict
 from collections.abc import Callable
 from typing import Any
 
@@ -993,17 +993,27 @@ class ReturnsIt(nn.Module):
         super().__init__()
         self.first, self.act = nn.Linear(4, 4), nn.ReLU(inplace=True)
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
+    def forward(self, x: Tensor) -> Any:
         x = self.first(x)
         self.act(x)
-        return {"out": x}
+        return self.returns(x)
 
 
-def test_an_input_that_is_returned_is_read_again() -> None:
+class Output:
+    """An output of one's own, which PyTorch can't look into."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.out, self.itself = [x], self
+
+
+@pytest.mark.parametrize("returns", [lambda x: {"out": [x]}, lambda x: UserDict(out=[x]), Output])
+def test_an_input_that_is_returned_is_read_again(returns: Callable[[Tensor], Any]) -> None:
     model, x = ReturnsIt(), torch.randn(3, 4)
-    expected = copy.deepcopy(model)(x)["out"]
+    model.returns = returns
     sugarize(model, example=x)
-    assert torch.equal(model(x)["out"], expected)
+    output = model(x)
+    (out,) = output.out if isinstance(output, Output) else output["out"]
+    assert torch.equal(out, F.relu(model.first(x)))
 
 
 class KeepsAFunction(nn.Module):
