@@ -32,6 +32,7 @@ from lab.deploy.formats import SUFFIXES, export
 from lab.deploy.int8 import METHODS, quantize
 from lab.deploy.runtimes import Images, Network, open_file
 from lab.files import write_atomically
+from lab.training.data import split_folder
 from lab.training.groups import n
 from lab.training.loading import add_options, find_file, load_model, load_weights, open_loader
 from timm.data import resolve_data_config
@@ -43,6 +44,7 @@ import timm_sugar
 from timm_sugar.models import ALIASES, SUFFIX
 
 CPU = torch.device("cpu")
+LEAST_IMAGES = 8  # for calibration: some give ranges, others choose the method
 
 
 def build_parser() -> Parser:
@@ -53,7 +55,7 @@ def build_parser() -> Parser:
     add("--format", default="onnx", choices=SUFFIXES, help="(default: %(default)s)")
     add("--output", metavar="FILE", type=Path, help="(default: MODEL with the suffix of the format)")
     add("--calibration", metavar="DIR", help="int8: a folder of training images, CLASS/*.png or train/CLASS/*.png")
-    add("--calibration-images", **n(2, default=128), help="a random part of them (default: %(default)s)")
+    add("--calibration-images", **n(LEAST_IMAGES, default=128), help="a random part of them (default: %(default)s)")
     add(
         "--methods",
         nargs="+",
@@ -82,15 +84,18 @@ def output_of(args: argparse.Namespace) -> Path:
 
 
 def calibration_batches(args: argparse.Namespace, model: nn.Module) -> list[Images]:
-    """Calibration images, preprocessed, in batches of at most 8. Raises UserError if they would be scored, too."""
-    folder = Path(args.calibration)
-    if args.data_dir and folder.resolve() == Path(args.data_dir).resolve() and not (folder / "train").is_dir():
-        raise UserError("--calibration is --data-dir: ranges that are taken from the images of the score flatter it")
+    """Calibration images, preprocessed, in 4 batches or more. Raises UserError if they would be scored, too."""
+    if args.data_dir and not args.dataset:
+        scored = split_folder(Path(args.data_dir), args.val_split).resolve()
+        if split_folder(Path(args.calibration), "train").resolve() == scored:
+            raise UserError(f"--calibration: {scored} is scored, and ranges taken from its images flatter the score")
     options = copy.copy(args)
     options.data_dir, options.dataset, options.val_split = args.calibration, "", "train"
-    options.batch_size = max(1, min(8, args.calibration_images // 4))
     loader, _ = open_loader(options, model, CPU, args.calibration_images)
-    return [images.numpy() for images, _ in loader]
+    images = np.concatenate([images.numpy() for images, _ in loader])
+    if len(images) < LEAST_IMAGES:
+        raise UserError(f"--calibration {args.calibration} has {len(images)} images: {LEAST_IMAGES} are needed")
+    return np.array_split(images, max(4, len(images) // 8))
 
 
 def with_own_activations(args: argparse.Namespace, model: Any) -> nn.Module | None:

@@ -46,6 +46,8 @@ def _gradient(ctx: Any, direction: Tensor) -> Tensor:
 
 def _times_slope(direction: Tensor, x: Tensor, surrogate: Surrogate | None, values: list[Any]) -> Tensor:
     if surrogate is None:
+        if direction.layout != torch.strided:  # where() takes none
+            return direction * ~(x <= 0)
         return torch.where(x <= 0, 0.0, direction)  # as F.relu: 0 at 0, also of infinity; NaN in x lets all through
     return times_derivative(direction, x, surrogate, values)
 
@@ -205,7 +207,7 @@ def _apply_eagerly(x: Tensor, surrogate: str, values: list[float], formula: str)
     known = known_surrogate(surrogate, formula)
     prepare(x, known, values)
     function = _EagerFunction if _torch.can_nest else _TransformedFunction
-    return function.apply(x, (None if uses_relu_gradient.get() else known, values[:]))  # a module's may change
+    return function.apply(x, (None if uses_relu_gradient.get() else known, values))
 
 
 def apply(x: Tensor, surrogate: str, values: list[float], formula: str) -> Tensor:

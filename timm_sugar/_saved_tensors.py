@@ -11,10 +11,12 @@ one call of it (`Scope`).
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -38,7 +40,30 @@ class _Call:
 
     scope: Scope | None = None
     model: weakref.ref[nn.Module] | None = None
-    is_private: bool = True  # no hook receives what is computed inside
+    frame: FrameType | None = None  # of Python, in which the model runs
+    hooks: int | None = None  # how many PyTorch had ever registered when `is_private` was found
+    is_private: bool = False
+
+    def is_running(self) -> bool:
+        """Whether it was not broken off by Ctrl-C, of which PyTorch tells no hook."""
+        frame: FrameType | None = sys._getframe()
+        while frame is not None and frame is not self.frame:
+            frame = frame.f_back
+        return frame is not None
+
+    def end(self) -> None:
+        """Forget the call, and the frame, which holds what the model was given and returned."""
+        _calls.running.remove(self)
+        self.frame = None
+
+    def has_no_hooks(self) -> bool:
+        """Whether no hook receives what is computed inside."""
+        hooks, model = _torch.count_hooks(), None if self.model is None else self.model()
+        if hooks is None or hooks != self.hooks:
+            below = [] if model is None else [module for module in model.modules() if module is not model]
+            self.hooks = hooks
+            self.is_private = not _torch.has_global_hooks() and not any(map(_torch.has_forward_hooks, below))
+        return self.is_private
 
 
 class _Calls(threading.local):
@@ -61,15 +86,14 @@ class Scope:
     def open(self, model: nn.Module, inputs: Any) -> None:
         """Begin a call."""
         if not torch.compiler.is_compiling():
-            below = (module for module in model.modules() if module is not model)
-            is_private = not _torch.has_global_hooks() and not any(map(_torch.has_forward_hooks, below))
             self.close()
-            _calls.running.append(_Call(self, weakref.ref(model), is_private))
+            _calls.running.append(_Call(self, weakref.ref(model), sys._getframe(1)))
 
     def close(self, *_: Any) -> None:
-        """End a call, also one that raised; one that was interrupted (Ctrl-C) ends when the next begins."""
+        """End a call, also one that raised."""
         if not torch.compiler.is_compiling():
-            _calls.running = [call for call in _calls.running if call.scope is not self]
+            for call in [call for call in _calls.running if call.scope is self]:
+                call.end()
 
 
 def share_within(model: nn.Module, activations: list[nn.Module]) -> None:
@@ -131,7 +155,12 @@ def find_call(x: Tensor, scope: Scope | None) -> _Call | None:
     if not can_share or scope is None:
         return _ANYWHERE if can_share else None
     call = _calls.running[-1] if _calls.running else _ANYWHERE
-    return call if call.scope is scope and call.is_private else None
+    if call.scope is not scope:
+        return None
+    if not call.is_running():
+        call.end()
+        return None
+    return call if call.has_no_hooks() else None
 
 
 @dataclass(eq=False)

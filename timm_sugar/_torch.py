@@ -427,6 +427,11 @@ def has_global_hooks() -> bool:
     return bool(_global_hooks or _global_pre_hooks)
 
 
+def count_hooks() -> int | None:
+    """How many hooks were ever registered, of any kind; None if PyTorch doesn't say."""
+    return getattr(torch.utils.hooks.RemovableHandle, "next_id", None)
+
+
 def is_tensor_or_view(tensor: Tensor, base: Tensor) -> bool:
     """Whether a tensor is another one or, as autograd knows, a view of it, so that both count changes together."""
     return tensor is base or tensor._base is base

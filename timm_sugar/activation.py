@@ -141,7 +141,8 @@ class SUGAR(nn.Module):
     """
 
     surrogate: str
-    values: list[float]  # TorchScript reads the type here (so no `from __future__ import annotations` in this file)
+    _values: list[float]  # TorchScript reads the type here (so no `from __future__ import annotations` in this file)
+    __jit_unused_properties__ = ("values",)
 
     def __init__(
         self,
@@ -155,13 +156,19 @@ class SUGAR(nn.Module):
         if not isinstance(inplace, bool):
             raise TypeError(f"inplace must be True or False, not {inplace!r}; a surrogate is a keyword argument")
         chosen = get_surrogate(surrogate, **parameters)
-        vars(self).update(surrogate=chosen.name, values=chosen.values, formula=chosen.formula)
+        vars(self).update(surrogate=chosen.name, _values=chosen.values, formula=chosen.formula)
         self.run_time: Any = None  # the values for compiled code, once they have been changed
         self.overwrites = False  # whether its value is written into its input, as an in-place ReLU's is
         self.save_memory = save_memory
         self.scope = None  # of the model within a call of which memory is shared, if it belongs to one
 
+    @property
+    def values(self) -> list[float]:
+        """A copy of the values of the surrogate's parameters, in their order."""
+        return list(self._values)
+
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = {"_values" if key == "values" else key: value for key, value in state.items()}  # as it was called once
         super().__setstate__({"overwrites": False, "save_memory": False, "scope": None, "run_time": None, **state})
         # Today's, if none of this process was that of the module, as in a pickle of another version.
         self.formula = known_surrogate(self.surrogate, state.get("formula", "")).formula
@@ -180,11 +187,11 @@ class SUGAR(nn.Module):
         """
         if surrogate is None:
             known = known_surrogate(self.surrogate, self.formula)
-            surrogate = get_surrogate(known, **dict(zip(known.parameters, self.values, strict=True)))
+            surrogate = get_surrogate(known, **dict(zip(known.parameters, self._values, strict=True)))
         chosen = get_surrogate(surrogate, **parameters)
         run_time = RunTimeValues(chosen.values) if chosen.values and takes_tensors(chosen) else None
         vars(self).update(
-            surrogate=chosen.name, values=chosen.values, formula=chosen.formula, run_time=run_time
+            surrogate=chosen.name, _values=chosen.values, formula=chosen.formula, run_time=run_time
         )  # a new list: a backward pass has the values of its forward pass
 
     def _parameters_by_name(self) -> dict[str, float]:
@@ -192,7 +199,7 @@ class SUGAR(nn.Module):
         own = vars(self)
         if "formula" not in own or own["surrogate"] not in list_surrogates():
             return {}
-        return dict(zip(known_surrogate(own["surrogate"], own["formula"]).parameters, own["values"], strict=True))
+        return dict(zip(known_surrogate(own["surrogate"], own["formula"]).parameters, own["_values"], strict=True))
 
     def __getattr__(self, name: str) -> Any:
         """The value of a parameter of the surrogate, e.g. `module.alpha`."""
@@ -218,10 +225,10 @@ class SUGAR(nn.Module):
     def _relu(self, x: Tensor, save_memory: bool) -> Tensor:
         if not torch.jit.is_scripting():  # alone, so that TorchScript skips what it can't compile
             if save_memory and not torch.compiler.is_compiling():
-                return _apply_sharing(x, self.surrogate, self.values, self.formula, self.scope, self)
+                return _apply_sharing(x, self.surrogate, self._values, self.formula, self.scope, self)
             if self.run_time is not None and torch.compiler.is_compiling() and not _torch.is_exporting():
                 return apply_scheduled(x, self.surrogate, self.run_time, self.formula)
-        return apply(x, self.surrogate, self.values, self.formula)
+        return apply(x, self.surrogate, self._values, self.formula)
 
     def __prepare_scriptable__(self) -> "SUGAR":
         """Take the hooks off the model that torch.jit.script is about to compile: TorchScript compiles hooks, too."""
@@ -257,8 +264,8 @@ class FunctionalSUGAR(SUGAR):
         if not torch.jit.is_scripting():  # TorchScript knows no super()
             return super().forward(input)
         if self.overwrites:
-            return input.copy_(apply(input.clone(), self.surrogate, self.values, self.formula))
-        return apply(input, self.surrogate, self.values, self.formula)
+            return input.copy_(apply(input.clone(), self.surrogate, self._values, self.formula))
+        return apply(input, self.surrogate, self._values, self.formula)
 
 
 def warm_up(model: nn.Module, device: Any = None, dtype: torch.dtype | None = None) -> Any:

@@ -6,7 +6,9 @@ the backward pass ("The Resurrection of the ReLU", arXiv 2505.22074). This file 
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import inspect
 import math
 import numbers
 from collections.abc import Callable
@@ -30,6 +32,7 @@ _RESERVED = frozenset(
     | {"features_only", "out_indices", "output_stride", "drop_rate", "drop_path_rate", "drop_block_rate", "act_layer"}
     | {"shape", "updates"}
     | {"norm_layer", "width", "scale", "depth", "embed_dim", "device", "dtype"}
+    | {"values", "formula", "scope", "overwrites", "run_time", "training", "set_surrogate", *dir(torch.nn.Module)}
 )
 
 
@@ -160,8 +163,9 @@ def register_surrogate(
 
     Raises:
         TypeError: if the name is no string or a default no number.
-        ValueError: if the name is taken, a parameter's name is taken by timm or this package, a default is out of
-            range, or the derivative changes x in place, isn't finite, or isn't that of the primitive.
+        ValueError: if the name is taken, a parameter's name is taken by PyTorch, timm or this package, the functions
+            take the parameters in another order, a default is out of range, or the derivative changes x in place, isn't
+            finite, or isn't that of the primitive.
 
     Example:
         >>> timm_sugar.register_surrogate(
@@ -170,16 +174,18 @@ def register_surrogate(
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"the name of a surrogate must be a string, not {name!r}")
-    if taken := sorted(_RESERVED & defaults.keys()):
+    if taken := sorted(key for key in defaults if key in _RESERVED or key.startswith("_")):
         raise ValueError(
-            f"parameter {taken[0]!r} of surrogate {name!r} has a name that timm_sugar or timm takes itself"
+            f"parameter {taken[0]!r} of surrogate {name!r} has a name that timm_sugar, timm or PyTorch takes itself"
         )
+    _check_order(name, derivative, list(defaults))
+    _check_order(name, primitive, list(defaults))
     given = Surrogate(name, derivative, primitive, dict(defaults))
     given = replace(given, may_be_zero=frozenset(key for key in defaults if _is_finite_at_zero(given, key)))
     given = replace(given, parameters={key: _checked(given, key, value) for key, value in defaults.items()})
     _check_derivative(given)
     _check_primitive(given)
-    given = replace(given, formula=_fingerprint(derivative, given.values))
+    given = replace(given, formula=_fingerprint(derivative, given.parameters))
     old = _surrogates.get(name)
     if name in _BUILT_IN or (
         old and not overwrite and (old.formula, old.parameters) != (given.formula, given.parameters)
@@ -197,12 +203,19 @@ def surrogate_derivative(x: Tensor, surrogate: str | Surrogate, values: list[flo
 
 def takes_tensors(surrogate: Surrogate) -> bool:
     """Whether the derivative takes its parameters as tensors too: not if it has a Python number's use for them."""
-    x = torch.empty(1, device="meta")
+    return surrogate.name in _BUILT_IN or _takes_tensors(surrogate.name, surrogate.formula, *surrogate.values)
+
+
+@functools.lru_cache(maxsize=1)  # a model sets the same values in each of its modules
+def _takes_tensors(name: str, formula: str, *values: float) -> bool:
+    derivative, tensors = known_surrogate(name, formula).derivative, [torch.empty((), device="meta") for _ in values]
     try:
-        surrogate.derivative(x, *(torch.empty((), device="meta") for _ in surrogate.parameters))
-    except Exception:  # meta tensors have no value: math.sqrt(alpha), alpha > 1
+        derivative(torch.empty(1, device="meta"), *tensors)  # which have no value: math.sqrt(alpha), alpha > 1
+        tensors = [torch.tensor(value, dtype=torch.float64, device="cpu") for value in values]
+        slopes = derivative(_PROBE.clone(), *tensors), derivative(_PROBE.clone(), *values)
+        return torch.allclose(*slopes, rtol=1e-9, atol=1e-12)  # isinstance(alpha, float), a dict's key
+    except Exception:
         return False
-    return True
 
 
 def _checked(surrogate: Surrogate, key: str, value: Any) -> float:
@@ -226,6 +239,19 @@ def _is_finite_at_zero(surrogate: Surrogate, key: str) -> bool:
         return bool(surrogate.derivative(_PROBE.clone(), *values).isfinite().all())
     except (ArithmeticError, TypeError, ValueError):
         return False
+
+
+def _check_order(name: str, function: Formula | None, parameters: list[str]) -> None:
+    try:
+        taken = list(inspect.signature(function).parameters)[1:] if function else []
+    except ValueError:  # some of PyTorch's have none
+        return
+    for place, key in enumerate(taken):
+        if key in parameters and parameters.index(key) != place:
+            raise ValueError(
+                f"surrogate {name!r} is given {', '.join(parameters)} as parameters, but its function takes "
+                f"{', '.join(taken)}: the order has to be the same"
+            )
 
 
 def _check_derivative(surrogate: Surrogate) -> None:
@@ -265,10 +291,10 @@ def _tried(values: list[float]) -> list[list[float]]:
     return [values, *others]
 
 
-def _fingerprint(derivative: Formula, values: list[float]) -> str:
+def _fingerprint(derivative: Formula, parameters: dict[str, float]) -> str:
     """Hash of what a derivative returns, with default and other parameters: a new formula has a new fingerprint."""
-    digest = hashlib.sha256()
-    for tried in _tried(values):
+    digest = hashlib.sha256(" ".join(parameters).encode())
+    for tried in _tried(list(parameters.values())):
         for x in (_PROBE.clone(), _PROBE.float()):
             digest.update(derivative(x, *tried).numpy().tobytes())
     return digest.hexdigest()[:12]
@@ -358,7 +384,7 @@ def _relu_derivative(x: Tensor, gain: float) -> Tensor:
 def _built_in(name: str, primitive: Formula, derivative: Formula, **defaults: float) -> None:
     """Add a surrogate without the checks of `register_surrogate`, which would slow every import; tests do them."""
     # At import, since the first use may be inside a transform or a compiler.
-    formula = _fingerprint(derivative, list(defaults.values()))
+    formula = _fingerprint(derivative, defaults)
     built = Surrogate(name, derivative, primitive, defaults, formula, frozenset(defaults))
     _surrogates[name] = _known[name, formula] = built
 

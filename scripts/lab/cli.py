@@ -13,6 +13,7 @@ import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -49,6 +50,11 @@ def explained(what: str, *more: type[Exception]) -> Iterator[None]:
         raise UserError(f"{what}: {text if len(text) < 300 else text[:300] + ' ...'}") from error
 
 
+def one_line(text: str) -> str:
+    """A text with what can't be printed, such as the end of a line in the name of a file, as an escape sequence."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 def outside(error: OSError) -> str:
     """The line for what the machine refuses; raises the error again if it is anything else, and so a bug."""
     if error.errno in _NO_MORE:
@@ -69,8 +75,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print the message and exit; of an error from a loader process only the last line is the message."""
-        last = (str(message).strip().splitlines() or [""])[-1]
-        self.exit(2, f"{self.prog}: error: {last.removeprefix('lab.training.data.DataError: ')}\n")
+        lines = str(message).strip().splitlines() or [""]
+        line = lines[-1] if "Original Traceback" in message else one_line(str(message).strip())
+        self.exit(2, f"{self.prog}: error: {line.removeprefix('lab.training.data.DataError: ')}\n")
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """Exit; if what --help printed can't be written, with status 2 and a line that says so."""
@@ -203,7 +210,12 @@ def as_options(key: str, value: Any) -> list[str]:
         return [option]
     if isinstance(value, dict):
         value = [f"{name}={item}" for name, item in value.items()]
-    return [option, *map(str, value)] if isinstance(value, (list, tuple)) else [f"{option}={value}"]
+    return [option, *map(_word, value)] if isinstance(value, (list, tuple)) else [f"{option}={value}"]
+
+
+def _word(value: Any) -> str:
+    """One of several values of an option; argparse takes -1e-05 for another option, but -0.00001 for a number."""
+    return format(Decimal(repr(value)), "f") if isinstance(value, float) and value < 0 else str(value)
 
 
 class _UniqueKeys(yaml.SafeLoader):

@@ -65,6 +65,20 @@ def test_inside_it_is_relus_gradient_and_outside_the_surrogates(route: str, comp
     torch.testing.assert_close(gradient(call), slope(X))
 
 
+def test_a_sparse_gradient_passes_inside_and_outside() -> None:
+    """As that of an embedding whose weights went through an activation."""
+    rows, weights = torch.tensor([0, 2]), torch.linspace(-1, 1, 9, dtype=torch.float64).view(3, 3).requires_grad_()
+
+    def of(function: Callable[[Tensor], Tensor]) -> Tensor:
+        loss = F.embedding(rows, function(weights), sparse=True).pow(2).sum()
+        return torch.autograd.grad(loss, weights)[0].to_dense()
+
+    upstream = 2 * F.relu(weights) * torch.tensor([[1.0], [0.0], [1.0]])  # F.relu itself takes no sparse one
+    with relu_gradient():
+        torch.testing.assert_close(of(sugar), upstream * (weights > 0))
+    torch.testing.assert_close(of(sugar), upstream * slope(weights))
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")  # PyTorch's own forward mode
 def test_is_relus_for_extremes_too_and_under_torch_func() -> None:
     x = torch.tensor([math.nan, math.inf, -math.inf, -0.0, 1e-300], dtype=torch.float64)

@@ -523,6 +523,36 @@ def test_a_model_that_a_forward_hook_looks_into_shares_nothing(place: str, befor
     assert replaced
 
 
+@pytest.mark.needs_sharing
+def test_a_hook_that_is_added_while_the_model_runs_stops_sharing(replaced: list[Any]) -> None:
+    """Hooks of the model itself put one on an activation for one call."""
+    model = timm.create_model("test_resnet_sugar")
+    handles: list[Any] = []
+    act = model.layer1[0].act1
+    first = model.register_forward_pre_hook(lambda *_: handles.append(act.register_forward_hook(lambda *_: None)))
+    model.register_forward_hook(lambda *_: handles.pop().remove())
+    model(images())
+    assert not replaced
+    first.remove()
+    handles.append(first)
+    model(images())
+    assert replaced
+
+
+def test_a_call_holds_nothing_when_it_is_over(replaced: list[Any]) -> None:
+    """Without the garbage collector, which can't see what autograd holds."""
+    model, x = timm.create_model("test_resnet_sugar"), images()
+    held, y = weakref.ref(x), model(x)
+    assert replaced
+    replaced.clear()
+    gc.disable()
+    try:
+        del x, y
+        assert held() is None
+    finally:
+        gc.enable()
+
+
 def test_a_hook_on_all_modules_stops_sharing(replaced: list[Any]) -> None:
     model = timm.create_model("test_resnet_sugar")
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
@@ -571,11 +601,9 @@ def test_a_call_that_raised_is_over(error: type[BaseException], replaced: list[A
     _saved_tensors.share_within(model, [model[1]])
     with pytest.raises(error):
         model(torch.ones(2, 6))
-    if error is KeyboardInterrupt:  # of which PyTorch tells no hook
-        model(torch.ones(1, 6))
-    assert not _saved_tensors._calls.running
     model[1](model[0](model[1](model[0](torch.ones(2, 6)))))
     assert not replaced
+    assert not _saved_tensors._calls.running
 
 
 @pytest.mark.needs_sharing

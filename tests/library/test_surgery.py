@@ -998,6 +998,9 @@ class ReturnsIt(nn.Module):
         self.act(x)
         return self.returns(x)
 
+    def returns(self, x: Tensor) -> Any:
+        return {"out": x}
+
 
 class Output:
     """An output of one's own, which PyTorch can't look into."""

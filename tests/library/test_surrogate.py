@@ -308,6 +308,28 @@ def test_registered_surrogate_with_two_parameters_takes_them_in_their_order() ->
     assert at("line", 0.0, b=0.5) == [2.5]
 
 
+def test_registered_surrogate_whose_functions_have_another_order_is_refused() -> None:
+    """Values go by their place, so that of alpha would be beta's."""
+    for functions in ({"derivative": two_slope}, {"derivative": lambda x, *values: two_slope(x, *values)}):
+        functions["primitive"] = lambda x, alpha, beta: alpha / beta * softplus(x, beta)
+        with pytest.raises(ValueError, match=r"'mine' is given beta, alpha .* its function takes alpha, beta"):
+            register_surrogate("mine", **functions, beta=2.0, alpha=3.0)
+
+
+def two_slope(x: Tensor, alpha: float, beta: float) -> Tensor:
+    return alpha * torch.sigmoid(beta * x)
+
+
+def test_registered_surrogate_with_exchanged_parameters_is_another_one() -> None:
+    register_surrogate("mine", derivative=two_slope, alpha=1.0, beta=1.0)
+    before, exchanged = SUGAR(surrogate="mine", alpha=2.0), lambda x, beta, alpha: two_slope(x, beta, alpha)
+    with pytest.raises(ValueError, match="exists already"):
+        register_surrogate("mine", derivative=exchanged, beta=1.0, alpha=1.0)
+    register_surrogate("mine", derivative=exchanged, overwrite=True, beta=1.0, alpha=1.0)
+    before.set_surrogate(alpha=4.0)
+    assert repr(before) == "SUGAR(surrogate='mine', alpha=4, beta=1)"
+
+
 def test_registered_surrogate_gets_half_precision_as_float32() -> None:
     seen = []
     register_surrogate("spy", derivative=lambda x: seen.append(x.dtype) or torch.ones_like(x))
@@ -374,7 +396,10 @@ def test_registering_a_name_that_is_no_name_fails(bad: object) -> None:
         register_surrogate(bad, derivative=softplus_slope, beta=1.0)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("taken", ["inplace", "surrogate", "x", "num_classes", "pretrained", "width", "scale"])
+TAKEN = {"inplace", "surrogate", "x", "num_classes", "pretrained", "width", "scale", *dir(SUGAR()), *vars(SUGAR())}
+
+
+@pytest.mark.parametrize("taken", sorted(TAKEN - {"alpha"}))
 def test_registering_a_parameter_whose_name_is_taken_fails(taken: str) -> None:
     with pytest.raises(ValueError, match=taken):
         register_surrogate("mine", derivative=softplus_slope, **{taken: 1.0})

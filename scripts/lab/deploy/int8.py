@@ -55,6 +55,8 @@ def quantize_by(method: str, float_file: Path, path: Path, batches: Sequence[Ima
 def output_error(found: Images, expected: Images) -> float:
     """Squared distance of logits over the variance of the expected ones: 0 for equal ones, 1 for a constant."""
     spread: Any = np.square(expected - expected.mean(axis=0)).mean()
+    if not spread:
+        raise ValueError("its outputs are the same for all calibration images that judge a method: use others")
     return float(np.square(found - expected).mean() / spread)
 
 

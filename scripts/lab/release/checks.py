@@ -18,10 +18,11 @@ from PIL import Image
 from torch import Tensor
 
 from lab.cli import Parser, UserError, as_options, explained
-from lab.release.card import CARD, CONFIG, ODD, card
+from lab.release.card import CARD, CONFIG, ODD, RESULTS, card, read_results
 from lab.release.stage import FILES
 from lab.training.groups import add_images
 from lab.training.options import check_channels
+from lab.training.runs import check_numbers, read_summary
 from timm_sugar.models._weights import MODEL_CARDS, WEIGHTS, WEIGHTS_FILE, describe
 
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt", ".tar")
@@ -34,6 +35,7 @@ _SECRETS = re.compile(
     r")|PRIVATE KEY-----|://[^/\s:@]+:[^/\s:@]+@"
 )
 _ELSEWHERE = ("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "custom_load")  # other weights, or code
+_CODE = ("auto_map", "custom_pipelines", "trust_remote_code")  # of transformers
 _END_OF_PNG = b"IEND\xaeB`\x82"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.int64)
 CROP_MODES = ("center", "squash", "border")
@@ -74,8 +76,22 @@ def check_files(folder: Path) -> None:
     if missing := [name for name in FILES if name not in there]:
         raise UserError(f"{folder} has no {missing[0]}: make the folder with scripts/publish.py stage")
     for name in there:
-        if any(map(_SECRETS.search, read_texts(folder / name))):
+        texts = read_texts(folder / name)
+        if not any(texts):
+            raise UserError(f"{folder / name} is empty: make the folder with scripts/publish.py stage")
+        if any(map(_SECRETS.search, texts)):
             raise UserError(f"{folder / name} holds what looks like a token: remove it, and revoke the token")
+    read_summary(folder, 0)
+    for row in read_results(folder):
+        check_result(folder, row)
+
+
+def check_result(folder: Path, row: dict[str, str]) -> None:
+    """Raises UserError for a measurement that can't be: percentages and shares have their range."""
+    for key, most in {"top1": 100, "top5": 100, "dead_units": 1, "sparsity": 1}.items():
+        with explained(f"{folder / RESULTS}, {key}", *ODD):
+            if row[key] and not 0 <= float(row[key]) <= most:
+                raise ValueError(f"{row[key]} is not from 0 to {most}")
 
 
 def read_texts(path: Path) -> list[str]:
@@ -84,7 +100,7 @@ def read_texts(path: Path) -> list[str]:
     Raises UserError for a file that isn't what its name says.
     """
     if path.suffix == ".png":
-        with explained(f"{path} is not a picture"):
+        with explained(f"{path} is not a picture", Image.DecompressionBombError):
             with Image.open(path, formats=["PNG"]) as picture:
                 picture.load()
                 said = [f"{key} {value}" for key, value in picture.info.items()]
@@ -94,6 +110,8 @@ def read_texts(path: Path) -> list[str]:
         return [*said, *(chunk.decode("ascii", "replace") for chunk in chunks_of(content))]
     if path.suffix == ".safetensors":
         with explained(f"{path} is not a whole safetensors file"), safetensors.safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("format") != "pt":
+                raise ValueError("its metadata don't say that its format is pt, which transformers asks for")
             return [f"{key} {value}" for key, value in (file.metadata() or {}).items()] + list(file.keys())
     with explained(f"{path} is not text"):
         text = path.read_text()
@@ -130,6 +148,8 @@ def check_config(folder: Path) -> dict[str, Any]:
     for arguments in (config["sugar"]["model_args"], config.get("model_args") or {}):
         if taken := sorted(arguments.keys() & signature(timm.create_model).parameters.keys()):
             raise UserError(f"{path}: model_args.{taken[0]} is no argument of a model: remove it")
+    if code := [key for key in _CODE if config.get(key)]:
+        raise UserError(f"{path}: {code[0]} names code that a user would run: remove it")
     if elsewhere := [key for key in _ELSEWHERE if cfg.get(key) not in (None, "", False)]:
         raise UserError(f"{path}: pretrained_cfg.{elsewhere[0]} names weights outside of the folder: remove it")
     if not cfg.get("license"):
@@ -199,6 +219,7 @@ def check_model(folder: Path, config: dict[str, Any], weights: dict[str, Tensor]
         local: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
         arguments = config["sugar"]["model_args"]
         model: Any = timm.create_model(architecture, num_classes=config["num_classes"], **arguments).eval()
+        check_numbers(weights, model)
         model.load_state_dict(weights)
     size = config["pretrained_cfg"]["input_size"]
     image = torch.randn(2, *size, generator=torch.Generator().manual_seed(0))

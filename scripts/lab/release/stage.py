@@ -37,6 +37,7 @@ from lab.release.card import (
     read_results,
 )
 from lab.training.runs import check_model, read_checkpoint, read_summary
+from timm_sugar.activation import SUGAR
 from timm_sugar.models._weights import WEIGHTS
 from timm_sugar.models.sugar import ALIASES, SUFFIX
 from timm_sugar.surgery import SAME, list_activations
@@ -172,7 +173,7 @@ def add_twin(folder: Path, run: TrainedRun, measure: Callable[[], dict[str, Any]
     """Add what the plain ReLU network measures, trained with the recipe and seed of the folder's weights, and its card.
 
     `measure()` evaluates that run and returns a row of results. Raises UserError, with nothing changed, if the run
-    differs from the folder's in more than the model.
+    differs from the folder's in more than the gradient, or is no network of ReLU.
     """
     with explained(f"can't read {folder / RECIPE}"):
         recipe = yaml.safe_load((folder / RECIPE).read_text())
@@ -180,9 +181,24 @@ def add_twin(folder: Path, run: TrainedRun, measure: Callable[[], dict[str, Any]
     for key in sorted(recipe.keys() - {"model", "model_kwargs", "device_modules", "surrogate"}):
         if recipe[key] != other.get(key):
             raise UserError(f"{run.folder} was trained with another {key} than {folder.name}")
+    _check_is_twin(folder.name.partition(".")[0], run)
     rows: list[dict[str, Any]] = [row for row in read_results(folder) if row["weights"] != TWIN]
     write_results(folder, [*rows, {"weights": TWIN, **measure()}])
     write_atomically(folder / CARD, card(folder))
+
+
+def _check_is_twin(name: str, run: TrainedRun) -> None:
+    """Raises UserError for a run that did not train the base of a `_sugar` model with ReLU and its gradient."""
+    base = name.removesuffix(SUFFIX)
+    trained = run.settings["model"].partition(".")[0]
+    if trained not in (name, base, ALIASES.get(base)):
+        raise UserError(f"{run.folder} trained {trained}, not {base}")
+    model = run.build(trained, run.settings["model_kwargs"])
+    sugar = [module for module in model.modules() if isinstance(module, SUGAR)]
+    kinds = {*list_activations(model).values()} - {"ReLU", "relu", *(["SUGAR"] if sugar else [])}
+    others = kinds | {repr(module) for module in sugar} - {repr(SUGAR(surrogate="relu"))}
+    if others:
+        raise UserError(f"{run.folder} is no network of ReLU and its gradient: there is {', '.join(sorted(others))}")
 
 
 def add_int8(folder: Path, measured: dict[str, Any], row: dict[str, Any]) -> None:

@@ -15,12 +15,13 @@ from timm.data import ImageDataset, create_dataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import Dataset, IterableDataset
 
-from lab.cli import UserError
+from lab.cli import UserError, one_line
 
 _logger = logging.getLogger(__name__)
 # Folder names that timm takes for each other when it looks for a split.
 _SYNONYMS = (("train", "training"), ("val", "valid", "validation", "eval", "evaluation"), ("test",))
 _TRAIN_OR_TEST = ("cifar10", "cifar100", "mnist", "kmnist", "fashion_mnist", "qmnist")  # of torch/
+_FOLDERS = ("torch/image_folder", "torch/folder")
 _PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")  # timm takes any other name for a folder
 
 
@@ -39,6 +40,8 @@ def open_dataset(name: str, root: str | None, split: str, *, skip_broken: bool =
     if name and not (slash and prefix.lower() in _PREFIXES):
         kinds = ", ".join(f"{kind}/..." for kind in _PREFIXES)
         raise DataError(f"--dataset {name}: expected {kinds}, or nothing for the folder of --data-dir")
+    if name.lower() in _FOLDERS:
+        raise DataError(f"--dataset {name}: leave it out, --data-dir alone is a folder of images")
     _check_split(name, split)
     if not name:
         _check_folder(root, split)
@@ -48,7 +51,10 @@ def open_dataset(name: str, root: str | None, split: str, *, skip_broken: bool =
         dataset = create_dataset(name, root=root, split=split, **options)
     except Exception as error:  # as many kinds as there are libraries of data sets
         raise DataError(f"can't open data set {name or root} ({split}): {' '.join(str(error).split())}") from error
-    if "" in (class_to_idx(dataset) or {}):
+    classes, given = class_to_idx(dataset) or {}, options.get("class_map")
+    if given and ("" in classes or {*classes.values()} != {*range(max(classes.values()) + 1)}):
+        raise DataError(f"--class-map {given}: a line is empty, or a class stands there twice")
+    if "" in classes:
         raise DataError(f"images of split {split} lie directly in {root}: put each class into a folder of its own")
     return _CheckedImages(dataset, skip_broken) if isinstance(dataset, ImageDataset) else dataset
 
@@ -201,7 +207,7 @@ class _CheckedImages(Dataset[Any]):
                 with closing(stream):
                     image = read_image(stream, self.mode)
             except Exception as error:  # PIL's readers raise nearly anything for a broken file
-                name = self.reader.filename(i, absolute=True)
+                name = one_line(self.reader.filename(i, absolute=True))
                 if not self.skip_broken:
                     raise DataError(f"can't read image {name} ({error}); remove it or --skip-broken-images") from error
                 _logger.warning("skipped image %s (%s)", name, error)
@@ -213,5 +219,5 @@ class _CheckedImages(Dataset[Any]):
         try:
             return self.transform(image)
         except Exception as error:  # as many kinds as there are augmentations
-            name = self.reader.filename(index, absolute=True)
+            name = one_line(self.reader.filename(index, absolute=True))
             raise DataError(f"can't prepare image {name}: {' '.join(str(error).split())}") from error

@@ -137,14 +137,18 @@ def read_summary(folder: Path, epochs: int) -> list[dict[str, Any]]:
 
     Raises UserError for one that is damaged.
     """
-    rows: list[dict[str, Any]] = []
-    with explained(f"{folder / 'summary.csv'} is damaged; mend or remove it", csv.Error):
-        for row in read_rows(folder / "summary.csv"):
+    path = folder / "summary.csv"
+    with explained(f"{path} is damaged; mend or remove it", csv.Error):
+        rows: list[dict[str, Any]] = list(read_rows(path))
+        if path.exists() and "epoch" not in (rows[0] if rows else ()):
+            raise ValueError("it has no epochs")
+        for line, row in enumerate(rows, 2):
             if None in row or None in row.values():
-                raise ValueError(f"line {len(rows) + 2} has not as many columns as the first")
+                raise ValueError(f"line {line} has not as many columns as the first")
             for number in row.values():
                 float(number or 0)
-            rows.append(row)
+            if int(row["epoch"]) != int(rows[0]["epoch"]) + line - 2:
+                raise ValueError(f"line {line} is not the epoch after the one before")
         return [row for row in rows if int(row["epoch"]) < epochs]
 
 
