@@ -86,7 +86,7 @@ def output_of(args: argparse.Namespace) -> Path:
 def calibration_batches(args: argparse.Namespace, model: nn.Module) -> list[Images]:
     """Calibration images, preprocessed, in 4 batches or more. Raises UserError if they would be scored, too."""
     if args.data_dir and not args.dataset:
-        scored = split_folder(Path(args.data_dir), args.val_split).resolve()
+        scored = split_folder(Path(args.data_dir), args.val_split or "validation").resolve()
         if split_folder(Path(args.calibration), "train").resolve() == scored:
             raise UserError(f"--calibration: {scored} is scored, and ranges taken from its images flatter the score")
     options = copy.copy(args)

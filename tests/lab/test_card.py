@@ -47,6 +47,27 @@ def test_numbers_are_those_of_the_measurements(folder: Path) -> None:
     assert "python scripts/evaluate.py" in text
 
 
+OTHERS = {
+    "other": (("test_convnext",), "trained test_convnext, not test_resnet"),
+    "itself": (("test_resnet_sugar",), r"no network of ReLU and its gradient: there is SUGAR\(surrogate='bsilu'"),
+    "gelu": (("test_resnet", "--model-kwargs", "act_layer=gelu"), "there is GELU"),
+    "relu": (("test_resnet_sugar", "--model-kwargs", "surrogate=relu"), None),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_twin_is_the_same_network_with_relu(name: str, folder: Path, tmp_path: Path) -> None:
+    (model, *options), message = OTHERS[name]
+    run = TrainedRun(train(tmp_path, model, *(options or ["--model-kwargs"])))
+    before = read_results(folder)
+    if message is None:
+        add_twin(folder, run, lambda: {**MEASURED, **VERSIONS, "top1": 81.23456})
+    else:
+        with pytest.raises(UserError, match=message):
+            add_twin(folder, run, lambda: {})
+    assert read_results(folder) == before
+
+
 @pytest.mark.parametrize("committed", sorted(MODEL_CARDS.glob("*/README.md")), ids=lambda path: path.parent.name)
 def test_network_that_a_committed_card_names_is_one_of_timms(committed: Path) -> None:
     named = re.findall(r"timm's own `(.+?)`", committed.read_text())

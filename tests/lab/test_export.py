@@ -154,6 +154,11 @@ def test_a_failed_export_leaves_the_old_file(tmp_path: Path, model: nn.Module, m
             ["--format", "onnx-int8", "--calibration", "{data}/train", "--data-dir", "{data}/train", "-j", "0"],
             "flatter",
         ),
+        (
+            ["--format", "onnx-int8", "--calibration", "{data}/validation", "--data-dir", "{data}", "-j", "0"],
+            "flatter",
+        ),
+        (["--format", "onnx-int8", "--calibration", "{few}", "-j", "0"], "has 6 images: 8 are needed"),
         (["--methods", "guess"], "--methods"),
         (["--threads", "0"], "--threads"),
     ],
@@ -163,6 +168,7 @@ def test_a_users_mistake_is_one_line(
 ) -> None:
     torch.save(timm.create_model("test_efficientnet_sugar", num_classes=3).state_dict(), tmp_path / "weights.pth")
     data = make_images(tmp_path / "data")
-    words = [option.format(data=data) for option in options]
+    few = make_images(tmp_path / "few", train=2)
+    words = [option.format(data=data, few=few) for option in options]
     assert word in error_line(script.main, [*TINY, "--checkpoint", str(tmp_path / "weights.pth"), *words], capsys)
     assert not list(tmp_path.glob("*.onnx"))

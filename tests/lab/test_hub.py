@@ -70,6 +70,11 @@ def test_staged_folder_passes(folder: Path) -> None:
     check(folder)
 
 
+def resave(folder: Path, change: Callable[[dict], dict], form: str = "pt") -> None:
+    weights = change(load_file(folder / "model.safetensors"))
+    save_file(weights, folder / "model.safetensors", metadata={"format": form})
+
+
 def edit_config(folder: Path, change: Callable[[dict], object]) -> None:
     config = json.loads((folder / "config.json").read_text())
     change(config)
@@ -280,6 +285,28 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         "different names",
     ),
     "a picture that is a page": (lambda f: (f / "curves.png").write_text("<html>"), "curves.png is not a picture"),
+    "a picture that is a bomb": (
+        lambda f: Image.new("1", (20000, 20000)).save(f / "curves.png"),
+        "curves.png is not a picture: Image size",
+    ),
+    "a summary that is a page": (lambda f: (f / "summary.csv").write_text("<html>"), "summary.csv is damaged"),
+    "an empty log": (lambda f: (f / "train.log").write_text(""), "train.log is empty"),
+    "more than all": (
+        lambda f: (f / "results.csv").write_text((f / "results.csv").read_text().replace("90.0", "150.0")),
+        "results.csv, top1: 150.0 is not from 0 to 100",
+    ),
+    "code of the Hub": (
+        lambda f: edit_config(f, lambda c: c.update(auto_map={"AutoModel": "a/b--c.D"})),
+        "auto_map names code that a user would run",
+    ),
+    "weights of TensorFlow's": (
+        lambda f: resave(f, lambda weights: weights, "tf"),
+        "its metadata don't say that its format is pt",
+    ),
+    "whole numbers as weights": (
+        lambda f: resave(f, lambda weights: {k: v.long() if k == "fc.weight" else v for k, v in weights.items()}),
+        "fc.weight is torch.int64, not torch.float32",
+    ),
     "a log that is no text": (lambda f: (f / "train.log").write_bytes(b"\xff\xfe\x00"), "train.log is not text"),
     "torn weights": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),

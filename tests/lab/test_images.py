@@ -104,6 +104,31 @@ def test_a_class_map_may_name_a_class_without_images(tmp_path: Path) -> None:
     assert dataset.reader.class_to_idx["cat"] == 1
 
 
+@pytest.mark.parametrize("text", ["cat\ndog\nowl\n\n", "cat\ncat\ndog\nowl\n"])
+def test_a_class_map_with_an_odd_line_is_named(text: str, tmp_path: Path) -> None:
+    data = make_images(tmp_path / "data")
+    (tmp_path / "map.txt").write_text(text)
+    with pytest.raises(DataError, match=r"map\.txt: a line is empty, or a class stands there twice"):
+        open_dataset("", str(data), "train", class_map=str(tmp_path / "map.txt"))
+
+
+def test_a_broken_image_with_an_odd_name_is_named_on_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_images(tmp_path / "data")
+    (data / "train" / "owl" / "a\nb.png").write_bytes(b"none")
+    line = error_line(train.main, options(data, tmp_path / "out"), capsys)
+    assert f"can't read image {data}/train/owl/a\\nb.png" in line
+
+
+@pytest.mark.parametrize("name", ["torch/image_folder", "torch/folder"])
+def test_a_folder_goes_without_a_name_of_a_data_set(name: str, tmp_path: Path) -> None:
+    """torchvision's reader would take one folder for both splits, and know no broken image."""
+    data = make_images(tmp_path / "data")
+    with pytest.raises(DataError, match="leave it out, --data-dir alone is a folder of images"):
+        open_dataset(name, str(data / "train"), "train")
+
+
 def test_classes_below_other_folders_are_no_classes_without_images(tmp_path: Path) -> None:
     data = make_images(tmp_path / "data")
     (data / "train" / "pets").mkdir()

@@ -145,6 +145,13 @@ def test_the_bounds_themselves_are_taken(words: str) -> None:
     assert options.device == "cpu"
 
 
+@pytest.mark.parametrize("mean", [[-1e-05], [-0.5, 1e-7, 0.25]])
+def test_small_negative_numbers_of_a_run_are_read_back(mean: list[float], tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"mean": mean}))
+    args, _ = parse_args([*CPU, "-c", str(tmp_path / "run.yaml")])
+    assert args.mean == mean
+
+
 @pytest.mark.parametrize("text", ["0", "1", "0.5"])
 def test_open_and_closed_bounds_differ_at_the_bound_alone(text: str) -> None:
     assert real(0, 1)(text) == float(text)

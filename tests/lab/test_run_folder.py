@@ -348,7 +348,18 @@ def test_a_checkpoint_cannot_have_other_files_deleted(
 
 
 @pytest.mark.parametrize(
-    "text", ["epoch,train_loss\n0,abc\n", "x,y\n1,2\n", "epoch,train_loss\n0\n", "epoch,train_loss\n0,1,2\n"]
+    "text",
+    [
+        *("epoch,train_loss\n0,abc\n", "x,y\n1,2\n", "epoch,train_loss\n0\n", "epoch,train_loss\n0,1,2\n"),
+        *(
+            "",
+            "\0" * 400,
+            "<html>",
+            "epoch,train_loss\n",
+            "epoch,train_loss\n0,1\n0,1\n",
+            "epoch,train_loss\n0,1\n2,1\n",
+        ),
+    ],
 )
 def test_a_damaged_summary_is_one_line(moved: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
     (moved / "summary.csv").write_text(text)

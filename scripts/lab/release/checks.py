@@ -55,6 +55,8 @@ def check(folder: Path) -> None:
         config = check_config(folder)
         check_model(folder, config, check_weights(folder))
         text = card(folder)
+    for row in read_results(folder):
+        check_result(folder, row)
     if (folder / CARD).read_text() != text:
         raise UserError(f"{folder / CARD} is out of date: run scripts/publish.py cards")
     if folder.resolve().parent == MODEL_CARDS:  # the project's own
@@ -82,8 +84,6 @@ def check_files(folder: Path) -> None:
         if any(map(_SECRETS.search, texts)):
             raise UserError(f"{folder / name} holds what looks like a token: remove it, and revoke the token")
     read_summary(folder, 0)
-    for row in read_results(folder):
-        check_result(folder, row)
 
 
 def check_result(folder: Path, row: dict[str, str]) -> None:
@@ -110,8 +110,6 @@ def read_texts(path: Path) -> list[str]:
         return [*said, *(chunk.decode("ascii", "replace") for chunk in chunks_of(content))]
     if path.suffix == ".safetensors":
         with explained(f"{path} is not a whole safetensors file"), safetensors.safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("format") != "pt":
-                raise ValueError("its metadata don't say that its format is pt, which transformers asks for")
             return [f"{key} {value}" for key, value in (file.metadata() or {}).items()] + list(file.keys())
     with explained(f"{path} is not text"):
         text = path.read_text()
@@ -204,6 +202,9 @@ def check_weights(folder: Path) -> dict[str, Tensor]:
     """Return a folder's weights, which are whole and finite."""
     with explained(f"{folder / WEIGHTS} is not a whole safetensors file"):
         weights = safetensors.torch.load_file(folder / WEIGHTS)
+        with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
+            if (file.metadata() or {}).get("format") != "pt":
+                raise ValueError("its metadata don't say that its format is pt, which transformers asks for")
     for key, value in weights.items():
         if value.dtype not in _DTYPES:
             raise UserError(f"{folder / WEIGHTS}: {key} is {value.dtype}: store weights as float16 or float32")
