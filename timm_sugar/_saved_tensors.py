@@ -85,7 +85,7 @@ class Scope:
 
     def open(self, model: nn.Module, inputs: Any) -> None:
         """Begin a call."""
-        if not torch.compiler.is_compiling():
+        if _torch.can_share and not torch.compiler.is_compiling():
             self.close()
             _calls.running.append(_Call(self, weakref.ref(model), sys._getframe(1)))
 

@@ -539,6 +539,7 @@ def test_a_hook_that_is_added_while_the_model_runs_stops_sharing(replaced: list[
     assert replaced
 
 
+@pytest.mark.needs_sharing
 def test_a_call_holds_nothing_when_it_is_over(replaced: list[Any]) -> None:
     """Without the garbage collector, which can't see what autograd holds."""
     model, x = timm.create_model("test_resnet_sugar"), images()
