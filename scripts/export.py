@@ -98,12 +98,18 @@ def calibration_batches(args: argparse.Namespace, model: nn.Module) -> list[Imag
     return np.array_split(images, max(4, len(images) // 8))
 
 
+def architecture_of(model: Any) -> str:
+    """timm's name of a network, without _sugar; empty if it has none."""
+    name = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")).removesuffix(SUFFIX)
+    return ALIASES.get(name, name)
+
+
 def with_own_activations(args: argparse.Namespace, model: Any) -> nn.Module | None:
     """The same network and weights with the activations that timm gives it, if these aren't ReLU and it is at hand."""
-    name = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")).removesuffix(SUFFIX)
+    name = architecture_of(model)
     settings = {key: value for key, value in (args.model_kwargs or {}).items() if key in ("act_layer", "img_size")}
     try:
-        own = create_model(ALIASES.get(name, name), num_classes=model.num_classes, **settings).eval()
+        own = create_model(name, num_classes=model.num_classes, **settings).eval()
         own.load_state_dict(model.state_dict())
     except (RuntimeError, TypeError):
         return None
@@ -149,12 +155,16 @@ def run(args: argparse.Namespace) -> None:
     if args.format == "onnx-int8" and not args.calibration:
         raise UserError("--format onnx-int8 needs --calibration DIR, a folder of training images to take ranges from")
     asked = copy.copy(args)
+    if args.results_file and (args.results_file.is_dir() or not args.results_file.parent.is_dir()):
+        raise UserError(f"--results-file {args.results_file}: a folder, or in none")
     model, source = load_model(args)
     path = output_of(args)
     model = model.cpu().eval()
     loader, config = open_loader(args, model, CPU, args.images) if args.data_dir else (None, None)
     batches = calibration_batches(args, model) if args.calibration else []
     own = load_original(asked, args.model) if args.original else with_own_activations(args, model)
+    if own is not None and architecture_of(own) != architecture_of(model):
+        raise UserError(f"--original is {architecture_of(own)}, not {architecture_of(model)}")
     if any(isinstance(module, timm_sugar.SUGAR) for module in model.modules()):
         model = timm_sugar.to_relu(model)
     else:

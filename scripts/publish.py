@@ -32,7 +32,7 @@ from lab.files import environment, write_atomically
 from lab.release.card import CARD, CONFIG, card
 from lab.release.checks import LARGEST_IMAGE, check
 from lab.release.hub import check_token, plan, push
-from lab.release.stage import TrainedRun, add_int8, add_twin, stage
+from lab.release.stage import TrainedRun, add_int8, add_twin, check_is_of, stage
 from lab.training.data import class_to_idx, open_dataset
 
 from timm_sugar import __version__
@@ -55,16 +55,21 @@ def evaluate(data: str | None, *options: str) -> dict[str, Any]:
     return numbers | environment("CPU")
 
 
+def labels_of(run: TrainedRun, data: str | None) -> list[str]:
+    """Names of the classes of a run's data, in the order of its outputs. Raises UserError if these have none."""
+    split = open_dataset(run.settings["dataset"], data, run.settings["val_split"], class_map=run.settings["class_map"])
+    classes = class_to_idx(split)
+    if not classes:
+        raise UserError("the data set doesn't name its classes: give --data-dir and a folder of images")
+    return [str(label) for label, _ in sorted(classes.items(), key=lambda item: item[1])]
+
+
 def stage_run(args: argparse.Namespace) -> None:
     """The `stage` command."""
     run = TrainedRun(args.run, args.img_size)
     name = f"{run.settings['model'].partition('.')[0]}.{args.tag}"
     data = args.data_dir or run.settings["data_dir"]
-    split = open_dataset(run.settings["dataset"], data, run.settings["val_split"], class_map=run.settings["class_map"])
-    classes = class_to_idx(split)
-    if not classes:
-        raise UserError("the data set doesn't name its classes: stage with --data-dir and a folder of images")
-    labels = [str(label) for label, _ in sorted(classes.items(), key=lambda item: item[1])]
+    labels = labels_of(run, data)
     source = name if args.org == ORG else f"hf-hub:{args.org}/{name}"  # only the project's tags are registered
     again = f"python scripts/evaluate.py --model {source} --data-dir DATA --activations"
     stage(
@@ -84,7 +89,10 @@ def measure_twin(args: argparse.Namespace) -> None:
     (folder,) = folders(args)
     run = TrainedRun(args.run)
     data = args.data_dir or run.settings["data_dir"]
-    size = json.loads((folder / CONFIG).read_text())["pretrained_cfg"]["input_size"][-1]
+    config = json.loads((folder / CONFIG).read_text())
+    if (labels := labels_of(run, data)) != config["label_names"]:
+        raise UserError(f"{data} has other classes than {folder.name}: {', '.join(labels[:5])} ...")
+    size = config["pretrained_cfg"]["input_size"][-1]
     options = ["--checkpoint", str(args.run / "last.pth.tar")]
     options += [f"--img-size={size}"] if run.settings["img_size"] not in (None, size) else []
     add_twin(folder, run, lambda: evaluate(data, *options))
@@ -93,9 +101,11 @@ def measure_twin(args: argparse.Namespace) -> None:
 def measure_int8(args: argparse.Namespace) -> None:
     """The `int8` command."""
     (folder,) = folders(args)
-    settings = TrainedRun(args.run).settings
+    run = TrainedRun(args.run)
+    settings = run.settings
     if not settings.get("checkpoint"):
         raise UserError(f"{args.run} is no conversion of a checkpoint: make one with scripts/convert.py --checkpoint")
+    check_is_of(folder, run)
     data = Path(args.data_dir or settings["data_dir"])
     images = sum(1 for path in (data / "validation").glob("*/*"))
     if not (data / "train").is_dir() or not images:

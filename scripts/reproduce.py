@@ -77,14 +77,18 @@ def data_options(table: Table, key: Key, args: argparse.Namespace) -> list[str]:
     chosen = {} if args.smoke else table.images(key)
     if args.smoke or chosen:
         name = "noise" if args.smoke else "-".join(["subset", *(f"{k}-{v}" for k, v in chosen.items())])
-        root = args.output / name
+        root, source = args.output / name, args.output / f"{name}.source"
+        asked = f"{args.dataset or ''} {Path(args.data_dir or '').resolve()}\n"
         with locked(args.output / f"{name}.lock"):
+            if not args.smoke and root.exists() and source.exists() and source.read_text() != asked:
+                raise UserError(f"{root} is of {source.read_text().strip()}: choose another --output, or remove it")
             if args.smoke and not root.exists():
                 make_noise(root, table.options.get("img_size", 32))
             elif not root.exists():
                 print(f"choosing the images of {root}", flush=True)
                 open_split = partial(open_dataset, args.dataset or "", args.data_dir, download=args.dataset_download)
                 with explained(f"can't write {root}"):
+                    source.write_text(asked)
                     make_subset(open_split, root, **chosen)
         return ["--data-dir", str(root)]
     named = {"data_dir": args.data_dir, "dataset": args.dataset, "dataset_download": args.dataset_download}
@@ -221,6 +225,8 @@ def run(args: argparse.Namespace) -> None:
         run_table(table, args)
         write_picture(table, args.results)
     else:
+        if not args.results.is_dir():
+            raise UserError(f"--results {args.results}: no such folder")
         ran = [name for name in list_tables() if (args.results / f"{name}.csv").exists()]
         for table in map(load_table, ran):
             write_picture(table, args.results)

@@ -19,7 +19,7 @@ import sklearn.datasets
 import torch
 import torch.nn.functional as F
 import yaml
-from lab.cli import KeyValues, Parser, explained
+from lab.cli import KeyValues, Parser, UserError, explained
 from lab.files import write_atomically
 from lab.training.divergence import STATUS, Diverged, all_finite, diverged
 from lab.training.groups import SEED, n, x
@@ -96,17 +96,20 @@ def evaluate(model: nn.Module, rows: Tensor, labels: Tensor) -> dict[str, float]
 
 def run(args: argparse.Namespace) -> None:
     """Train all epochs and write the folder: summary.csv last, so that a run that has one is whole."""
+    if Path(args.experiment).name != args.experiment:
+        raise UserError(f"--experiment {args.experiment!r} is no name of a folder in --output")
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # the same numbers on any count of cores
     train, held_out, labels, truth = load_rows(args.dataset, args.seed)
-    model = build_model(args, train.shape[1], int(labels.max()) + 1)
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr)
     rows: list[dict[str, Any]] = []
-    for epoch in range(args.epochs):
-        loss = train_one_epoch(model, optimizer, train, labels, args.batch_size)
-        if not all_finite([loss], model.parameters()):
-            raise diverged(loss, f"in epoch {epoch}")
-        rows.append({"epoch": epoch, "train_loss": loss, **evaluate(model, held_out, truth)})
+    with explained("can't train with these options"):
+        model = build_model(args, train.shape[1], int(labels.max()) + 1)
+        optimizer = torch.optim.AdamW(model.parameters(), args.lr)
+        for epoch in range(args.epochs):
+            loss = train_one_epoch(model, optimizer, train, labels, args.batch_size)
+            if not all_finite([loss], model.parameters()):
+                raise diverged(loss, f"in epoch {epoch}")
+            rows.append({"epoch": epoch, "train_loss": loss, **evaluate(model, held_out, truth)})
     folder = Path(args.output, args.experiment)
     with explained(f"can't write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,14 @@ import torch
 from torch import Tensor
 
 from timm_sugar import _torch
-from timm_sugar.surrogate import Formula, Surrogate, find_surrogate, known_surrogate, surrogate_derivative
+from timm_sugar.surrogate import (
+    Formula,
+    Surrogate,
+    find_surrogate,
+    is_built_in,
+    known_surrogate,
+    surrogate_derivative,
+)
 
 _CHUNK = 1 << 17  # elements, from which on a CPU's gradient is compiled; so many intermediate results stay in its cache
 _WORTHWHILE = 1 << 14  # elements, from which on a compiled gradient is faster on a CPU if it is there already
@@ -149,7 +156,8 @@ def compiled_gradient(kind: Kind, values: list[float]) -> Gradient | None:
     for baked in (None, tuple(values)) if values else (None,):
         if kind in _off or not ((kind, baked) in _kernels or _make(kind, values, baked)):
             return None
-        if kernel := _kernels[kind, baked]:
+        kernel = _kernels[kind, baked]
+        if kernel and (baked is not None or _is_right_for(kernel, kind, tuple(values))):
             return functools.partial(_call, kernel, _scalars(tuple(values), kind.dtype) if baked is None else ())
     return None
 
@@ -211,7 +219,8 @@ def _compile_and_check(kind: Kind, values: list[float], baked: tuple[float, ...]
         if baked is None and values:  # torch 2.8 loses a number that isn't float64
             return None
         raise
-    if _agrees(kernel, kind, values, baked):
+    factors = (1.0,) if baked is not None else (1.0, 0.6, 2.5)
+    if all(_agrees(kernel, kind, [factor * value for value in values], baked is not None) for factor in factors):
         return kernel
     if baked is None and values:
         return None
@@ -249,17 +258,56 @@ def compile_gradient(formula: Formula, dtype: torch.dtype, device: torch.device)
     return functools.partial(_call, _torch.compile_graph(*trace_gradient(formula, dtype, device)), ())
 
 
-def _agrees(kernel: Kernel, kind: Kind, values: list[float], baked: tuple[float, ...] | None) -> bool:
+def _agrees(kernel: Kernel, kind: Kind, values: list[float], are_baked: bool) -> bool:
     """Whether a kernel computes the formula, also at infinities and NaN: a compiler's mistake may cost speed only."""
     points = [*torch.linspace(-12, 12, 64 * 16 - 5).tolist(), *map(float, ("inf", "-inf", "nan", "6e4", "-6e4"))]
     x = torch.tensor(points, dtype=kind.dtype, device=kind.device).view(-1, kind.width)
     half = torch.full_like(x, 0.5)
-    for factor in (1.0,) if baked is not None else (1.0, 0.6, 2.5):
-        scaled = [factor * value for value in values]
-        scalars = () if baked is not None else _scalars(tuple(scaled), kind.dtype)
-        expected = surrogate_derivative(x, kind.known, scaled)
-        found = 2 * _call(kernel, scalars, half, x).to(expected.dtype)
-        rounding = {"rtol": 8 * torch.finfo(kind.dtype).eps, "atol": 64 * torch.finfo(expected.dtype).eps}
-        if not torch.allclose(found, expected, **rounding, equal_nan=True):
+    expected = surrogate_derivative(x, kind.known, values)
+    scalars = () if are_baked else _scalars(tuple(values), kind.dtype)
+    found = 2 * _call(kernel, scalars, half, x).to(expected.dtype)
+    rounding = {"rtol": 8 * torch.finfo(kind.dtype).eps, "atol": 64 * torch.finfo(expected.dtype).eps}
+    return torch.allclose(found, expected, **rounding, equal_nan=True)
+
+
+_right: dict[tuple[Kind, tuple[float, ...]], bool] = {}
+
+
+def _is_right_for(kernel: Kernel, kind: Kind, values: tuple[float, ...]) -> bool:
+    """Whether a kernel that has its parameters as arguments computes the formula for these values, too.
+
+    A formula of one's own may ask about its parameter (`isinstance(alpha, float) and alpha > 4`), and is told something
+    else when it is traced.
+    """
+    if not values or is_built_in(kind.surrogate):
+        return True
+    if (kind, values) not in _right:
+        if kind.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return False
-    return True
+        if len(_right) > 1024:  # as many as a schedule takes
+            _right.clear()
+        with torch.no_grad(), torch.autocast(kind.device.type, enabled=False), torch.device("cpu"):
+            _right[kind, values] = _agrees(kernel, kind, list(values), are_baked=False)
+    return _right[kind, values]
+
+
+def takes_tensors(surrogate: Surrogate) -> bool:
+    """Whether compiled code may have the parameters as tensors: not if the formula asks for numbers, or about them."""
+    if is_built_in(surrogate.name):
+        return True
+    graph = _traced(surrogate.name, surrogate.formula, len(surrogate.values))
+    x = torch.linspace(-12, 12, 1024, dtype=torch.float64, device="cpu")
+    tensors = [torch.tensor(value, dtype=torch.float64, device="cpu") for value in surrogate.values]
+    expected = surrogate.derivative(x, *surrogate.values)
+    return graph is not None and torch.allclose(graph(x, *tensors), expected, rtol=1e-9, atol=1e-12)
+
+
+@functools.lru_cache(64)
+def _traced(name: str, formula: str, count: int) -> Any:
+    """What a compiler records of a derivative whose parameters are tensors; None if it can't."""
+    tensors = [torch.ones((), dtype=torch.float64, device="cpu") for _ in range(count)]
+    x = torch.zeros(2, dtype=torch.float64, device="cpu")
+    try:
+        return _torch.trace(known_surrogate(name, formula).derivative, [x, *tensors])
+    except Exception:  # fake tensors have no value: math.sqrt(alpha), alpha > 1
+        return None

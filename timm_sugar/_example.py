@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ def _storage(x: Tensor) -> int:
 
 def call(model: nn.Module, example: Any) -> Any:
     """Call a model on an example, of which it gets a copy: a tensor, a tuple of arguments, or a dict of named ones."""
+    example = dict(example) if isinstance(example, Mapping) else example
     copied = _torch.tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, example)
     if isinstance(copied, Mapping):
         return model(**copied)
@@ -125,14 +127,26 @@ def equal_outputs(one: Any, other: Any) -> bool:
     return all(torch.equal(_dense(a), _dense(b)) for a, b in zip(_tensors(one), _tensors(other), strict=True))
 
 
-def _tensors(output: Any, seen: tuple[Any, ...] = ()) -> Iterator[Tensor]:
-    """What a model returns in containers, or in the attributes of an object."""
+def _tensors(output: Any, seen: dict[int, Any] | None = None) -> Iterator[Tensor]:
+    """What a model returns in containers, or in the attributes of an object, each object once."""
+    seen = {} if seen is None else seen
     for leaf in _torch.tree_leaves(output):
         if isinstance(leaf, Tensor):
             yield leaf
-        elif not any(leaf is one for one in seen):
-            inside = [*leaf.values()] if isinstance(leaf, Mapping) else vars(leaf) if hasattr(leaf, "__dict__") else {}
-            yield from _tensors(inside, (*seen, leaf))
+        elif id(leaf) not in seen and not isinstance(leaf, (type, ModuleType, nn.Module)):
+            seen[id(leaf)] = leaf  # kept, so that its id is not another's
+            slots = [name for kind in type(leaf).__mro__ for name in getattr(kind, "__slots__", ())]
+            inside = [getattr(leaf, name) for name in slots if isinstance(name, str) and hasattr(leaf, name)]
+            inside += [
+                *(
+                    leaf.values()
+                    if isinstance(leaf, Mapping)
+                    else vars(leaf).values()
+                    if hasattr(leaf, "__dict__")
+                    else ()
+                )
+            ]
+            yield from _tensors(inside, seen)
 
 
 def _dense(x: Tensor) -> Tensor:

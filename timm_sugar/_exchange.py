@@ -83,13 +83,14 @@ class Change:
         if isinstance(new, nn.Module) and isinstance(old, nn.Module):
             new.train(old.training)
             settings = {
+                *dir(new),  # an attribute would hide a method
                 *("inplace", "_compiled_call_impl"),  # the latter calls the old module
                 *getattr(old, "__constants__", ()),
                 *(vars(SUGAR()) if isinstance(old, SUGAR) else ()),
                 # A type of one's own may call its parameter alpha, too; as an attribute it would hide SUGAR's.
                 *(key for name in list_surrogates() for key in get_surrogate(name).parameters),
             }
-            carried = {k: v for k, v in vars(old).items() if "hook" in k or not (k in vars(new) or k in settings)}
+            carried = {k: v for k, v in vars(old).items() if "hook" in k or k not in settings}
             vars(new).update(carried)
         _set(owner, key, new)
         if isinstance(owner, nn.TransformerEncoderLayer) and key == "activation":

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from timm_sugar import _torch
-from timm_sugar.activation import SUGAR, sugar
+from timm_sugar.activation import SUGAR, FunctionalSUGAR, sugar
 from timm_sugar.surrogate import Surrogate, get_surrogate, known_surrogate
 
 # Each type or function with the surrogate that has its derivative, or the nearest one: ReLU's for ReLU6, SiLU's for
@@ -82,9 +82,17 @@ def _known_type(kind: type) -> str | None:
     return None
 
 
+def _is_plain_sugar(module: nn.Module) -> bool:
+    """Whether a module is SUGAR, and computes what SUGAR does."""
+    kind = FunctionalSUGAR if isinstance(module, FunctionalSUGAR) else SUGAR
+    return isinstance(module, SUGAR) and all(
+        getattr(type(module), method) is getattr(kind, method) for method in ("forward", "__call__", "_relu")
+    )
+
+
 def is_activation(module: nn.Module, types: Collection[Any] = ()) -> bool:
     """Whether a module is a hidden activation: of a type that `sugarize` replaces, or of `types`, or SUGAR itself."""
-    return isinstance(module, SUGAR) or type(module) in types or _known_type(type(module)) is not None
+    return _is_plain_sugar(module) or type(module) in types or _known_type(type(module)) is not None
 
 
 def is_activation_function(function: Any, types: Collection[Any] = ()) -> bool:
@@ -258,6 +266,8 @@ def find_sugar_left(model: nn.Module) -> dict[str, str]:
     replaced = {id(place.activation) for place in find_places(model)}
     for prefix, owner in model.named_modules():
         if isinstance(owner, SUGAR):
+            if not _is_plain_sugar(owner):
+                found[prefix or type(model).__name__] = f"{type(owner).__name__} computes something else"
             continue
         if isinstance(owner, torch.jit.ScriptModule):
             inside = any(f"{prefix}.".startswith(f"{name}." if name else "") for name in found)

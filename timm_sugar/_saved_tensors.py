@@ -84,9 +84,11 @@ class Scope:
     """
 
     def open(self, model: nn.Module, inputs: Any) -> None:
-        """Begin a call."""
+        """Begin a call, and end those that were broken off."""
         if _torch.can_share and not torch.compiler.is_compiling():
             self.close()
+            for call in [call for call in _calls.running if not call.is_running()]:
+                call.end()
             _calls.running.append(_Call(self, weakref.ref(model), sys._getframe(1)))
 
     def close(self, *_: Any) -> None:

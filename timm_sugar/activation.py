@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from timm_sugar import _torch
-from timm_sugar._compiled import prepare_all
+from timm_sugar._compiled import prepare_all, takes_tensors
 from timm_sugar._operator import RunTimeValues, apply, apply_scheduled, uses_relu_gradient
 from timm_sugar._saved_tensors import find_call, remember_value, share_saved, unshare_within
 from timm_sugar.surrogate import (
@@ -18,7 +18,6 @@ from timm_sugar.surrogate import (
     get_surrogate,
     known_surrogate,
     list_surrogates,
-    takes_tensors,
 )
 
 
@@ -141,6 +140,7 @@ class SUGAR(nn.Module):
     """
 
     surrogate: str
+    formula: str
     _values: list[float]  # TorchScript reads the type here (so no `from __future__ import annotations` in this file)
     __jit_unused_properties__ = ("values",)
 
@@ -168,10 +168,18 @@ class SUGAR(nn.Module):
         return list(self._values)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        state = {"_values" if key == "values" else key: value for key, value in state.items()}  # as it was called once
+        given = state.pop("given", None)
+        if "_values" not in state:  # as it was called once
+            state["_values"] = state.pop("values")
         super().__setstate__({"overwrites": False, "save_memory": False, "scope": None, "run_time": None, **state})
         # Today's, if none of this process was that of the module, as in a pickle of another version.
-        self.formula = known_surrogate(self.surrogate, state.get("formula", "")).formula
+        known = known_surrogate(self.surrogate, state.get("formula", ""))
+        if given is not None and known.formula != self.formula:
+            vars(self)["_values"] = [given.get(key, value) for key, value in known.parameters.items()]
+        self.formula = known.formula
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "given": self._parameters_by_name()}
 
     def set_surrogate(self, surrogate: str | Surrogate | None = None, **parameters: float) -> None:
         """Exchange the surrogate, or values of its parameters, from the next forward pass on.
@@ -189,6 +197,8 @@ class SUGAR(nn.Module):
             known = known_surrogate(self.surrogate, self.formula)
             surrogate = get_surrogate(known, **dict(zip(known.parameters, self._values, strict=True)))
         chosen = get_surrogate(surrogate, **parameters)
+        for key in chosen.parameters:  # an attribute of the activation before, which would hide the parameter
+            vars(self).pop(key, None)
         run_time = RunTimeValues(chosen.values) if chosen.values and takes_tensors(chosen) else None
         vars(self).update(
             surrogate=chosen.name, _values=chosen.values, formula=chosen.formula, run_time=run_time

@@ -29,9 +29,8 @@ from timm_sugar._places import (
 )
 from timm_sugar._saved_tensors import keep_sharing, share_within, unshare_within
 from timm_sugar.activation import SUGAR, FunctionalSUGAR
-from timm_sugar.surrogate import Surrogate, get_surrogate
+from timm_sugar.surrogate import SAME, Surrogate, get_surrogate
 
-SAME = "same"  # in place of a surrogate's name: each activation keeps its own derivative
 Chosen = str | Surrogate
 _CALL_WITH_X_ALONE = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _OPTIONS = ("filter_fn", "types", "example", "save_memory")  # of sugarize, what isn't a surrogate's parameter
@@ -147,13 +146,14 @@ def _sugarize(
             "itself, sugarize torch.fx.symbolic_trace(model)"
         )
     plan = _plan(choose, save_memory)
+    in_place = {new: place.name for place, new in plan.items() if isinstance(new, nn.Module) and is_in_place(place)}
     expected = None if example is None else _output_of_relu(model, plan, example)
     changes: list[Change | Renamed] = [*exchange(plan)]
     try:
         if left:
             warnings.warn(f"sugarize() left activations of {type(model).__name__}: {_listed(left)}", stacklevel=3)
         if example is not None:
-            _check_on_example(model, plan, example, expected)
+            _check_on_example(model, in_place, example, expected)
         changes += rename_in_configs(model, left, types)
     except BaseException:  # warnings that are errors, what the model raises on the example, Ctrl-C
         undo_all(changes)
@@ -180,9 +180,8 @@ def _reference(place: Place, new: New) -> New:
     return lambda x, *args, **kwargs: F.relu(x, inplace=overwrites_input(place, args, kwargs))
 
 
-def _check_on_example(model: nn.Module, plan: Mapping[Place, New], example: Any, expected: Any) -> None:
+def _check_on_example(model: nn.Module, in_place: Mapping[nn.Module, str], example: Any, expected: Any) -> None:
     """Warn of what one batch shows, and let SUGAR overwrite its input where the model needs that."""
-    in_place = {new: place.name for place, new in plan.items() if isinstance(new, nn.Module) and is_in_place(place)}
     seen = watch_example(model, example, in_place)
     for new, name in in_place.items():
         if isinstance(new, SUGAR):
@@ -229,7 +228,7 @@ def to_relu(model: nn.Module) -> Any:
         {'ReLU'}
     """
     _require_module(model, "to_relu")
-    if isinstance(model, SUGAR):
+    if isinstance(model, SUGAR) and is_activation(model):
         return to_relu(nn.Sequential(model))[0]
     places = [place for place in find_places(model) if place.settings() is not None]
     left = find_sugar_left(model)

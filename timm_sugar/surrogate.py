@@ -6,7 +6,6 @@ the backward pass ("The Resurrection of the ReLU", arXiv 2505.22074). This file 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import inspect
 import math
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Formula = Callable[..., Tensor]
+SAME = "same"  # in place of a surrogate's name: each activation keeps its own derivative
 
 SELU_ALPHA = 1.6732632423543772848170429916717  # Klambauer et al. 2017, as in torch.nn.SELU
 SELU_SCALE = 1.0507009873554804934193349852946
@@ -174,6 +174,8 @@ def register_surrogate(
     """
     if not isinstance(name, str) or not name:
         raise TypeError(f"the name of a surrogate must be a string, not {name!r}")
+    if name == SAME:
+        raise ValueError(f"the name {SAME!r} stands for each activation's own derivative: choose another name")
     if taken := sorted(key for key in defaults if key in _RESERVED or key.startswith("_")):
         raise ValueError(
             f"parameter {taken[0]!r} of surrogate {name!r} has a name that timm_sugar, timm or PyTorch takes itself"
@@ -201,21 +203,9 @@ def surrogate_derivative(x: Tensor, surrogate: str | Surrogate, values: list[flo
     return find_surrogate(surrogate).derivative(x.float() if half else x, *values)
 
 
-def takes_tensors(surrogate: Surrogate) -> bool:
-    """Whether the derivative takes its parameters as tensors too: not if it has a Python number's use for them."""
-    return surrogate.name in _BUILT_IN or _takes_tensors(surrogate.name, surrogate.formula, *surrogate.values)
-
-
-@functools.lru_cache(maxsize=1)  # a model sets the same values in each of its modules
-def _takes_tensors(name: str, formula: str, *values: float) -> bool:
-    derivative, tensors = known_surrogate(name, formula).derivative, [torch.empty((), device="meta") for _ in values]
-    try:
-        derivative(torch.empty(1, device="meta"), *tensors)  # which have no value: math.sqrt(alpha), alpha > 1
-        tensors = [torch.tensor(value, dtype=torch.float64, device="cpu") for value in values]
-        slopes = derivative(_PROBE.clone(), *tensors), derivative(_PROBE.clone(), *values)
-        return torch.allclose(*slopes, rtol=1e-9, atol=1e-12)  # isinstance(alpha, float), a dict's key
-    except Exception:
-        return False
+def is_built_in(name: str) -> bool:
+    """Whether a surrogate comes with this package."""
+    return name in _BUILT_IN
 
 
 def _checked(surrogate: Surrogate, key: str, value: Any) -> float:
@@ -243,14 +233,14 @@ def _is_finite_at_zero(surrogate: Surrogate, key: str) -> bool:
 
 def _check_order(name: str, function: Formula | None, parameters: list[str]) -> None:
     try:
-        taken = list(inspect.signature(function).parameters)[1:] if function else []
+        taken = list(inspect.signature(function).parameters) if function else []
     except ValueError:  # some of PyTorch's have none
         return
     for place, key in enumerate(taken):
-        if key in parameters and parameters.index(key) != place:
+        if key in parameters and parameters.index(key) + 1 != place:  # x comes first
             raise ValueError(
                 f"surrogate {name!r} is given {', '.join(parameters)} as parameters, but its function takes "
-                f"{', '.join(taken)}: the order has to be the same"
+                f"{', '.join(taken)}: x comes first, then they in the same order"
             )
 
 

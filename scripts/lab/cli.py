@@ -218,7 +218,7 @@ def _word(value: Any) -> str:
     return format(Decimal(repr(value)), "f") if isinstance(value, float) and value < 0 else str(value)
 
 
-class _UniqueKeys(yaml.SafeLoader):
+class UniqueKeys(yaml.SafeLoader):
     """YAML as safe_load reads it; raises YAMLError for a key that stands twice in one mapping."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -233,7 +233,7 @@ def yaml_options(path: str | Path, parser: Parser) -> list[str]:
     """The keys and values of a YAML file as command line options, so that one parser checks both."""
     with explained(f"can't read {path}"):
         try:
-            values = yaml.load(Path(path).read_text(), _UniqueKeys) or {}
+            values = yaml.load(Path(path).read_text(), UniqueKeys) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise ValueError(error) from error
     known = {key: value for key, value in vars(parser.parse_args([])).items() if key not in ("config", "resume")}

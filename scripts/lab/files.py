@@ -33,7 +33,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         return
     partial_path = path.with_name(f"tmp-{path.name}")
     partial_path.write_bytes(content)
-    os.replace(partial_path, path)
+    try:
+        os.replace(partial_path, path)
+    except OSError:  # onto a folder
+        partial_path.unlink()
+        raise
 
 
 def read_rows(path: Path) -> list[dict[str, str]]:

@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 from lab.cli import UserError
 from lab.release.card import DATASETS, card, read_results
-from lab.release.stage import TrainedRun, add_twin
+from lab.release.stage import TrainedRun, add_twin, check_is_of
 from staging import MEASURED, VERSIONS, make_folder, train
 
 from timm_sugar.models._weights import MODEL_CARDS
@@ -45,6 +45,19 @@ def test_numbers_are_those_of_the_measurements(folder: Path) -> None:
     assert f"{int(read_results(folder)[0]['params']) / 1e6:.2f} M" in text
     assert "1 epochs, batch 8" in text
     assert "python scripts/evaluate.py" in text
+
+
+def test_a_twin_is_scored_on_as_many_images(folder: Path, tmp_path: Path) -> None:
+    run, before = TrainedRun(train(tmp_path, "test_resnet", "--model-kwargs")), read_results(folder)
+    with pytest.raises(UserError, match=r"was scored on 13 images, test_resnet_sugar\.bsilu_x on 12"):
+        add_twin(folder, run, lambda: {**MEASURED, **VERSIONS, "images": 13})
+    assert read_results(folder) == before
+
+
+def test_a_folder_has_the_weights_of_its_run_alone(folder: Path, tmp_path: Path) -> None:
+    check_is_of(folder, TrainedRun(folder.parents[1] / "test_resnet_sugar"))
+    with pytest.raises(UserError, match="does not have the weights of"):
+        check_is_of(folder, TrainedRun(train(tmp_path, "test_resnet_sugar", "--seed", "5")))
 
 
 OTHERS = {

@@ -314,6 +314,9 @@ WRONG = {
     "only blend": (("--checkpoint", "{run}", "--epochs", "2", "--blend-epochs", "2"), "leave epochs for ReLU itself"),
     "compiled": (("--checkpoint", "{run}", "--blend-epochs", "1", "--torchcompile"), "can't be compiled"),
     "surrogate": (("--checkpoint", "{run}", "--surrogate", "nope"), "unknown surrogate 'nope'"),
+    "its other option": (("--checkpoint", "{run}", "--model-kwargs", "surrogate=nelu"), "has an option for it"),
+    "a list for settings": (("--config", "{list}"), "expected 'option: value' lines"),
+    "a number for a path": (("--config", "{number}"), "no such file or folder"),
     "weight": (("--checkpoint", "{run}", "--distill", "-1"), "expected 0 or more"),
     "temperature": (("--checkpoint", "{run}", "--temperature", "0"), "expected above 0"),
     "no teacher": (("--checkpoint", "{run}", "--distill", "0", "--temperature", "2"), "no effect without --distill"),
@@ -327,7 +330,10 @@ def test_mistakes_are_one_line(
 ) -> None:
     words, message = WRONG[case]
     torch.save(timm.create_model("test_resnet").state_dict(), tmp_path / "relu.pth")
-    argv = [word.format(run=original, relu=tmp_path / "relu.pth") for word in words]
+    (tmp_path / "list.yaml").write_text("[a, b]\n")
+    (tmp_path / "number.yaml").write_text("checkpoint: 5\n")
+    files = {"relu": tmp_path / "relu.pth", "list": tmp_path / "list.yaml", "number": tmp_path / "number.yaml"}
+    argv = [word.format(run=original, **files) for word in words]
     argv += ["--data-dir", str(data), "--output", str(tmp_path / "runs"), "--device", "cpu", "-j", "0"]
     assert message in error_line(convert.main, argv, capsys)
     assert not (tmp_path / "runs").exists()

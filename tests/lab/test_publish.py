@@ -15,7 +15,7 @@ import pytest
 from lab.release.stage import FILES
 from loopback_hub import READ, WRITE, LoopbackHub, Repo
 from PIL import Image
-from scripting import SCRIPTS, error_line, load_script
+from scripting import SCRIPTS, error_line, load_script, make_images
 from staging import train
 
 from timm_sugar.models._weights import MODEL_CARDS
@@ -33,6 +33,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("publish")
     run, twin = train(root, "test_resnet_sugar"), train(root, "test_resnet", "--model-kwargs")
     train(root, "resnet10t", "--lr", "0.2")
+    make_images(root / "other", classes=("x", "y", "z"))
     argv = ["stage", str(run), "--tag", "bsilu_x", "--dataset", "toys", "--models", str(root / "models"), "--org", "me"]
     assert publish.main([*argv, "--note", "A note."]) == 0
     for _ in range(2):  # the second time replaces the first
@@ -145,6 +146,11 @@ def test_push_without_a_token_that_may_write_is_one_line(
         ("stage {root}/none --tag x --dataset d --models {root}/new", "is not a training run"),
         ("stage {root}/test_resnet_sugar --tag bsilu_x --dataset d --models {root}/models", "exists"),
         (f"twin {NAME} {{root}}/resnet10t --models {{root}}/models", "was trained with another lr"),
+        (
+            f"twin {NAME} {{root}}/test_resnet --models {{root}}/models --data-dir {{root}}/other",
+            "has other classes than test_resnet_sugar.bsilu_x: x, y, z",
+        ),
+        (f"int8 {NAME} {{root}}/test_resnet --models {{root}}/models", "is no conversion of a checkpoint"),
         (f"twin {NAME} {{root}}/none --models {{root}}/models", "is not a training run"),
         ("twin resnet18_sugar.x {root}/resnet10t --models {root}/models", "no model resnet18_sugar.x"),
         (

@@ -368,6 +368,13 @@ def test_a_damaged_summary_is_one_line(moved: Path, text: str, capsys: pytest.Ca
     assert "summary.csv is damaged" in error_line(train.main, ["--resume", str(moved), "--epochs", "2"], capsys)
 
 
+def test_a_file_that_cannot_take_its_place_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError):  # noqa: PT011
+        write_atomically(tmp_path / "folder", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 def test_what_read_checkpoint_gives_is_what_was_saved(begun: Path) -> None:
     """Bit for bit what torch reads by itself."""
     state = read_checkpoint(begun / "last.pth.tar", "test_resnet_sugar")

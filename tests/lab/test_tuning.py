@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from lab.cli import UserError
 from lab.experiments.rows import read_results
 from lab.experiments.run import TableRun
 from lab.experiments.table import Key, Table, Tune, load_table
@@ -84,6 +85,56 @@ def test_a_best_rate_at_the_edge_widens_the_grid_for_all_twice_at_most(start: An
     assert (tuning.widened, tuning.edge, tuning.best["sugar-bsilu"]) == (2, ["sugar-bsilu"], "1.6")
     assert "widened twice" in (text := reproduce.compare(table, read_rows(tmp_path / "r" / "tuned.csv")))
     assert "At its edge even after 2 widenings: `sugar-bsilu`" in text
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"row": {}}', '{"row": {"seed": "x"}, "epochs": []}'])
+def test_a_damaged_record_is_one_line(text: str, start: Any, tmp_path: Path, capsys: Any) -> None:
+    start(peak())
+    record = tmp_path / "o" / "tuned" / "tune-relu-lr-0.1-50.json"
+    record.write_text(text)
+    (tmp_path / "r" / "tuned.csv").unlink()
+    with pytest.raises(SystemExit):
+        start(peak())
+    assert f"{record} is damaged: remove it" in capsys.readouterr().err
+
+
+def test_the_record_of_another_run_is_not_taken(start: Any, tmp_path: Path, capsys: Any) -> None:
+    """Its row would not be this run's, which would be to do for ever."""
+    start(peak())
+    folder = tmp_path / "o" / "tuned"
+    (folder / "relu-lr-0.2-0.json").write_text((folder / "relu-lr-0.2-1.json").read_text())
+    (tmp_path / "r" / "tuned.csv").unlink()
+    with pytest.raises(SystemExit):
+        start(peak())
+    assert "was made with other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("old", "new"), [("relu,0.1,50", "relu,0.1,x"), (",variant,", ",kind,"), ("90.0000", "hello")])
+def test_damaged_results_are_one_line(old: str, new: str, start: Any, tmp_path: Path, capsys: Any) -> None:
+    start(peak())
+    path = tmp_path / "r" / "tuned.csv"
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+    with pytest.raises(SystemExit):
+        start(peak())
+    assert f"{path} is damaged; mend or remove it" in capsys.readouterr().err
+
+
+def test_a_subset_of_other_images_is_not_taken(
+    start: Any, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    seen = []
+    monkeypatch.setattr(reproduce, "make_subset", lambda open_split, root, **chosen: root.mkdir())
+    table = load_table(str(tuned))
+    for data in (tmp_path / "data", tmp_path / "data", tmp_path / "nope"):
+        args = reproduce.build_parser().parse_args(["x", *places(tmp_path, data)])
+        (tmp_path / "o").mkdir(exist_ok=True)
+        try:
+            seen.append(reproduce.data_options(table, Key("tune", "relu", "0.1", 50), args)[1])
+        except UserError as error:
+            seen.append(str(error))
+    assert seen[0] == seen[1] == str(tmp_path / "o" / "subset-held_out-2")
+    assert "choose another --output, or remove it" in seen[2]
 
 
 def test_a_run_that_diverges_is_a_row_and_the_others_go_on(start: Any, tmp_path: Path) -> None:

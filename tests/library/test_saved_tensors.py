@@ -608,6 +608,24 @@ def test_a_call_that_raised_is_over(error: type[BaseException], replaced: list[A
 
 
 @pytest.mark.needs_sharing
+def test_a_call_that_was_interrupted_holds_nothing_when_another_model_runs(replaced: list[Any]) -> None:
+    model = timm.create_model("test_resnet_sugar")
+    x, held = images(), weakref.ref(model)
+    handle = model.fc.register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(x)
+    handle.remove()
+    del model
+    timm.create_model("test_resnet_sugar")(x)
+    gc.collect()
+    assert held() is None
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.needs_sharing
 def test_small_values_are_not_shared(replaced: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     model = timm_sugar.sugarize(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()))

@@ -1019,6 +1019,79 @@ def test_an_input_that_is_returned_is_read_again(returns: Callable[[Tensor], Any
     assert torch.equal(out, F.relu(model.first(x)))
 
 
+class Slots:
+    """One without a dictionary of its attributes."""
+
+    __slots__ = ("out",)
+
+    def __init__(self, x: Tensor) -> None:
+        self.out = [x]
+
+
+def test_an_input_that_an_object_with_slots_returns_is_read_again() -> None:
+    model, x = ReturnsIt(), torch.randn(3, 4)
+    model.returns = Slots
+    sugarize(model, example=x)
+    assert torch.equal(model(x).out[0], F.relu(model.first(x)))
+
+
+def test_an_example_of_any_mapping_is_copied() -> None:
+    x = torch.randn(3, 4)
+    kept = x.clone()
+    sugarize(nn.Sequential(nn.ReLU(inplace=True)), example=UserDict(input=x))
+    assert torch.equal(x, kept)
+
+
+def test_an_example_shows_a_view_of_what_a_call_in_a_graph_overwrites() -> None:
+    def forward(model: Any, x: Tensor) -> Tensor:
+        h = model.first(x)
+        view = h.view(-1)
+        F.relu(h, inplace=True)
+        return view
+
+    kind = type("Views", (nn.Module,), {"forward": forward})
+    model = kind()
+    model.first = nn.Linear(4, 4)
+    x, traced = torch.randn(3, 4), torch.fx.symbolic_trace(model)
+    expected = F.relu(model.first(x)).view(-1)
+    sugarize(traced, example=x)
+    assert torch.equal(traced(x), expected)
+
+
+class HidesMethods(nn.ReLU):
+    """An activation with attributes whose names are those of methods and properties of SUGAR."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._relu, self.set_surrogate, self.extra_repr = F.relu, None, F.gelu
+        self.values, self.beta = [0.1], 1
+
+
+@pytest.mark.parametrize("copied", [lambda model: model, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_attributes_of_what_was_replaced_hide_nothing_of_sugar(copied: Callable[[Any], Any]) -> None:
+    model, x = sugarize(nn.Sequential(HidesMethods()), alpha=0.5), torch.linspace(-3, 3, 7).double().requires_grad_()
+    model = copied(model)
+    torch.testing.assert_close(torch.autograd.grad(model(x).sum(), x)[0], slope(x, alpha=0.5))
+    assert (repr(model[0]), model[0].values) == ("SUGAR(surrogate='bsilu', alpha=0.5)", [0.5])
+    model[0].set_surrogate("nelu")
+
+
+class TwiceSugar(SUGAR):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def test_a_subclass_of_sugar_that_computes_something_else_is_left_and_named() -> None:
+    model, x = nn.Sequential(TwiceSugar(), SUGAR()), torch.randn(3)
+    expected = model(x)
+    with pytest.warns(UserWarning, match=r"0 \(TwiceSugar computes something else\)"):
+        to_relu(model)
+    assert torch.equal(model(x), expected)
+    assert list_activations(model) == {"1": "ReLU"}
+    with pytest.raises(ValueError, match="nothing to replace"):
+        sugarize(nn.Sequential(TwiceSugar()))
+
+
 class KeepsAFunction(nn.Module):
     """An activation as those of transformers are, which keep the function that they call."""
 

@@ -312,8 +312,10 @@ def test_registered_surrogate_whose_functions_have_another_order_is_refused() ->
     """Values go by their place, so that of alpha would be beta's."""
     for functions in ({"derivative": two_slope}, {"derivative": lambda x, *values: two_slope(x, *values)}):
         functions["primitive"] = lambda x, alpha, beta: alpha / beta * softplus(x, beta)
-        with pytest.raises(ValueError, match=r"'mine' is given beta, alpha .* its function takes alpha, beta"):
+        with pytest.raises(ValueError, match=r"'mine' is given beta, alpha .* its function takes x, alpha, beta"):
             register_surrogate("mine", **functions, beta=2.0, alpha=3.0)
+    with pytest.raises(ValueError, match="x comes first"):
+        register_surrogate("mine", derivative=lambda beta, x: torch.sigmoid(beta * x), beta=2.0)
 
 
 def two_slope(x: Tensor, alpha: float, beta: float) -> Tensor:
@@ -388,6 +390,22 @@ def test_registering_a_default_that_is_not_finite_or_below_zero_fails(bad: float
     with pytest.raises(ValueError, match="beta of surrogate 'mine' must be finite and 0 or more"):
         register_surrogate("mine", derivative=softplus_slope, beta=bad)
     assert list_surrogates() == NAMES
+
+
+def test_the_name_of_each_activations_own_derivative_is_taken() -> None:
+    with pytest.raises(ValueError, match="choose another name"):
+        register_surrogate("same", derivative=torch.sigmoid)
+
+
+def test_a_pickle_tells_its_values_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is loaded, the same formula may have its parameters in another order."""
+    register_surrogate("mine", derivative=two_slope, alpha=1.0, beta=1.0)
+    pickled = pickle.dumps(SUGAR(surrogate="mine", alpha=3.0, beta=7.0))
+    monkeypatch.setattr(module, "_known", {})
+    register_surrogate(
+        "mine", derivative=lambda x, beta, alpha: two_slope(x, alpha, beta), overwrite=True, beta=1.0, alpha=1.0
+    )
+    assert repr(pickle.loads(pickled)) == "SUGAR(surrogate='mine', beta=7, alpha=3)"
 
 
 @pytest.mark.parametrize("bad", [3, None, "", b"mine"])

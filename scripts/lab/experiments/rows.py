@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import fcntl
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,6 +22,7 @@ COLUMNS = (
     *("device", "torch", "timm", "timm_sugar", "command"),
 )
 CURVES = ("phase", "variant", "lr", "seed", "epoch", "train_loss", "top1", "dead_units", "sparsity")
+NUMBERS = ("lr", "seed", "epoch", "epochs", "train_loss", "top1", "top5", "dead_units", "sparsity")
 NEAR_CHANCE = 2.0  # points of top-1
 
 
@@ -48,8 +50,16 @@ def where(table: Table, key: Key) -> dict[str, str]:
 
 def load_rows(table: Table, results: Path, epochs: bool = False) -> list[dict[str, str]]:
     """The rows of results/TABLE.csv, or of results/TABLE_epochs.csv, with the columns of today."""
-    rows = read_rows(results / f"{table.name}{'_epochs' if epochs else ''}.csv")
-    return [modern(table, row) for row in rows if row["variant"] in table.variants]
+    path = results / f"{table.name}{'_epochs' if epochs else ''}.csv"
+    with explained(f"{path} is damaged; mend or remove it", csv.Error):
+        rows = [modern(table, row) for row in read_rows(path) if row["variant"] in table.variants]
+        for row in rows:
+            for name in CURVES if epochs else COLUMNS:
+                if row[name] is None:
+                    raise ValueError(f"a row of {row['variant']} has no {name}")
+                if name in NUMBERS:
+                    float(row[name] or 0)
+        return rows
 
 
 def modern(table: Table, row: dict[str, Any]) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from typing import Any
 
 import yaml
 
-from lab.cli import UserError, as_options, choose_device
-from lab.experiments.rows import COLUMNS, CURVES, modern, status_of, where
+from lab.cli import UserError, as_options, choose_device, explained
+from lab.experiments.rows import COLUMNS, CURVES, is_current, key_of, modern, status_of, where
 from lab.experiments.table import TABLES, Key, Table, load_table, rate
 from lab.files import environment, read_rows, write_atomically
 from lab.training.divergence import STATUS
@@ -42,8 +42,11 @@ class TableRun:
         """The record of a run that is done. Raises UserError if the table has other settings since it was begun."""
         record = None
         if self.record.exists():
-            record = json.loads(self.record.read_text())
-            same = record["row"]["command"] == self.command
+            with explained(f"{self.record} is damaged: remove it", AttributeError):
+                record = json.loads(self.record.read_text())
+                epochs = [modern(self.table, row) for row in record["epochs"]]
+                record = {"row": modern(self.table, record["row"]), "epochs": epochs}
+                same = key_of(record["row"]) == self.key and is_current(self.table, self.key, record["row"])
         elif (self.folder / "args.yaml").exists():
             args = yaml.safe_load((self.folder / "args.yaml").read_text())
             same = all(args.get(name) == value for name, value in self.settings.items())
@@ -53,10 +56,7 @@ class TableRun:
             raise UserError(
                 f"{self.folder} was made with other settings than the table has now: choose another --output"
             )
-        if not record:
-            return None
-        epochs = [modern(self.table, row) for row in record["epochs"]]
-        return {"row": modern(self.table, record["row"]), "epochs": epochs}
+        return record
 
     @contextmanager
     def locked(self) -> Iterator[int]:

@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from lab.cli import UserError, as_options, explained
+from lab.cli import UniqueKeys, UserError, as_options, explained
 
 TABLES = Path(__file__).resolve().parents[2] / "reproduce"
 BUDGET = ("lr", "epochs", "warmup_epochs", "batch_size")  # options that tuned variants must have in common
@@ -93,6 +93,12 @@ class Table:
     folder: Path = TABLES  # where the file is
 
     def __post_init__(self) -> None:
+        if odd := next((name for name in self.variants if Path(name).name != name), None):
+            raise ValueError(f"variant {odd!r} can't be the name of a folder")
+        if self.seeds < 1:
+            raise ValueError(f"seeds must be at least 1, not {self.seeds}")
+        if unknown := sorted((self.subset or {}).keys() - {"per_class", "per_seed", "held_out", "seed"}):
+            raise ValueError(f"unknown key {unknown[0]!r} of subset")
         if self.baseline not in self.variants:
             raise ValueError(f"the baseline {self.baseline!r} is none of its variants")
         if self.margin is not None and not self.margin > 0:
@@ -210,11 +216,14 @@ def load_table(name: str) -> Table:
     unknown = sorted(values.keys() - {part.name for part in fields(Table)} | values.keys() & {"name", "folder"})
     if unknown:
         raise UserError(f"{path}: unknown key {unknown[0]!r}")
-    with explained(f"{path} is not a table"):
+    with explained(f"{path} is not a table", AttributeError):
         if values.get("tune"):
             values["tune"] = Tune(**values["tune"])
         table = Table(path.stem, **values, folder=path.parent)
-        table.final_keys()  # raises for settings that are none
+        for key in table.final_keys():  # raises for settings that are none
+            epochs = table.settings(key).get("epochs")
+            if not isinstance(epochs, int) or epochs < 1:
+                raise ValueError(f"options has no number of epochs, but {epochs!r}")
         return table
 
 
@@ -222,7 +231,7 @@ def _read(path: Path) -> dict[str, Any]:
     """The keys of a YAML file, over those of its base."""
     with explained(f"can't read {path}"):
         try:
-            values = yaml.safe_load(path.read_text())
+            values = yaml.load(path.read_text(), UniqueKeys)
         except yaml.YAMLError as error:
             raise ValueError(error) from error
         if not isinstance(values, dict):

@@ -40,8 +40,8 @@ from lab.training.runs import check_model, read_checkpoint, read_summary
 from timm_sugar.activation import SUGAR
 from timm_sugar.models._weights import WEIGHTS
 from timm_sugar.models.sugar import ALIASES, SUFFIX
-from timm_sugar.surgery import SAME, list_activations
-from timm_sugar.surrogate import built_in_parameters, get_surrogate
+from timm_sugar.surgery import list_activations
+from timm_sugar.surrogate import SAME, built_in_parameters, get_surrogate
 
 FROM_RUN = ("summary.csv", "train.log", "curves.png")
 FILES = (CARD, CONFIG, WEIGHTS, RECIPE, RESULTS, *FROM_RUN)
@@ -183,7 +183,10 @@ def add_twin(folder: Path, run: TrainedRun, measure: Callable[[], dict[str, Any]
             raise UserError(f"{run.folder} was trained with another {key} than {folder.name}")
     _check_is_twin(folder.name.partition(".")[0], run)
     rows: list[dict[str, Any]] = [row for row in read_results(folder) if row["weights"] != TWIN]
-    write_results(folder, [*rows, {"weights": TWIN, **measure()}])
+    measured = measure()
+    if str(measured["images"]) != rows[0]["images"]:
+        raise UserError(f"{run.folder} was scored on {measured['images']} images, {folder.name} on {rows[0]['images']}")
+    write_results(folder, [*rows, {"weights": TWIN, **measured}])
     write_atomically(folder / CARD, card(folder))
 
 
@@ -199,6 +202,17 @@ def _check_is_twin(name: str, run: TrainedRun) -> None:
     others = kinds | {repr(module) for module in sugar} - {repr(SUGAR(surrogate="relu"))}
     if others:
         raise UserError(f"{run.folder} is no network of ReLU and its gradient: there is {', '.join(sorted(others))}")
+
+
+def check_is_of(folder: Path, run: TrainedRun) -> None:
+    """Raises UserError for a run whose weights are not those of the model's folder."""
+    with explained(f"can't read {folder / WEIGHTS}"):
+        weights = safetensors.torch.load_file(folder / WEIGHTS)
+    same = weights.keys() == run.weights.keys() and all(
+        torch.equal(value, run.weights[key].to(value.dtype)) for key, value in weights.items()
+    )
+    if not same:
+        raise UserError(f"{folder.name} does not have the weights of {run.folder}")
 
 
 def add_int8(folder: Path, measured: dict[str, Any], row: dict[str, Any]) -> None:

@@ -52,7 +52,9 @@ def parse_conversion(argv: Sequence[str], parser: Parser) -> tuple[argparse.Name
     What a checkpoint knows of its model and data are options, too, before those that are given. `original` is the name
     of the network that is converted, and `model` that of its ReLU self.
     """
-    args, resume = parse_args([*known_options(argv), *argv], parser)
+    args, resume = parse_args(argv, parser, known_options(argv))
+    if "surrogate" in args.model_kwargs:
+        raise UserError("--model-kwargs surrogate: a conversion has an option for it, --surrogate")
     if args.model.split(".")[0].endswith(SUFFIX):
         raise UserError(f"--model {args.model} has ReLU already: name the network with the activations to replace")
     if args.checkpoint and args.pretrained:
@@ -82,8 +84,9 @@ def known_options(argv: Sequence[str]) -> list[str]:
     checkpoint = given.checkpoint
     if given.config and not checkpoint:
         with explained(f"can't read {given.config}"):
-            checkpoint = (yaml.safe_load(Path(given.config).read_text()) or {}).get("checkpoint")
-    if not checkpoint:
+            values = yaml.safe_load(Path(given.config).read_text())
+            checkpoint = values.get("checkpoint") if isinstance(values, dict) else None
+    if not isinstance(checkpoint, str):  # a file that is odd is refused where it is read whole
         return []
     _, _, settings = load_weights(find_file(Path(checkpoint)), ema=True)
     known = {name: settings[name] for name in INHERITED if settings.get(name) not in (None, "", {})}

@@ -59,15 +59,20 @@ def build_parser(description: str = "", prog: str = "train.py") -> Parser:
     return parser
 
 
-def parse_args(argv: Sequence[str], parser: Parser | None = None) -> tuple[argparse.Namespace, Path | None]:
-    """Options and the checkpoint or run folder to resume; later wins: defaults, args.yaml of the run, YAML, options."""
+def parse_args(
+    argv: Sequence[str], parser: Parser | None = None, known: Sequence[str] = ()
+) -> tuple[argparse.Namespace, Path | None]:
+    """Options and the checkpoint or run folder to resume.
+
+    Later wins: defaults, `known` options, args.yaml of the run, YAML, `argv`.
+    """
     parser = parser or build_parser()
     first = parser.parse_args(argv)
     resume = find_resumed(first)
     own = yaml_options(first.config, parser) if first.config else []
     saved = folder_of(resume) / "args.yaml" if resume else None
     before = yaml_options(saved, parser) if saved and saved.exists() else []
-    args = parser.parse_args([*before, *own, *argv])
+    args = parser.parse_args([*known, *before, *own, *argv])
     check_effects(parser, parser.parse_args([*own, *argv]), args)
     if resume:
         parser.set_defaults(output="", experiment="")
