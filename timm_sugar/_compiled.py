@@ -309,5 +309,5 @@ def _traced(name: str, formula: str, count: int) -> Any:
     x = torch.zeros(2, dtype=torch.float64, device="cpu")
     try:
         return _torch.trace(known_surrogate(name, formula).derivative, [x, *tensors])
-    except Exception:  # fake tensors have no value: math.sqrt(alpha), alpha > 1
+    except Exception:  # they have no value: math.sqrt(alpha), alpha > 1
         return None

@@ -135,18 +135,15 @@ def _tensors(output: Any, seen: dict[int, Any] | None = None) -> Iterator[Tensor
             yield leaf
         elif id(leaf) not in seen and not isinstance(leaf, (type, ModuleType, nn.Module)):
             seen[id(leaf)] = leaf  # kept, so that its id is not another's
-            slots = [name for kind in type(leaf).__mro__ for name in getattr(kind, "__slots__", ())]
-            inside = [getattr(leaf, name) for name in slots if isinstance(name, str) and hasattr(leaf, name)]
-            inside += [
-                *(
-                    leaf.values()
-                    if isinstance(leaf, Mapping)
-                    else vars(leaf).values()
-                    if hasattr(leaf, "__dict__")
-                    else ()
-                )
-            ]
-            yield from _tensors(inside, seen)
+            yield from _tensors(_inside(leaf), seen)
+
+
+def _inside(one: Any) -> list[Any]:
+    """What a mapping or an object holds."""
+    if isinstance(one, Mapping):
+        return [*one.values()]
+    slots = [name for kind in type(one).__mro__ for name in getattr(kind, "__slots__", ())]
+    return [getattr(one, name) for name in (*slots, *getattr(one, "__dict__", ())) if hasattr(one, name)]
 
 
 def _dense(x: Tensor) -> Tensor:

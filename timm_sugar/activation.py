@@ -168,6 +168,7 @@ class SUGAR(nn.Module):
         return list(self._values)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
         given = state.pop("given", None)
         if "_values" not in state:  # as it was called once
             state["_values"] = state.pop("values")
