@@ -96,7 +96,7 @@ def evaluate(model: nn.Module, rows: Tensor, labels: Tensor) -> dict[str, float]
 
 def run(args: argparse.Namespace) -> None:
     """Train all epochs and write the folder: summary.csv last, so that a run that has one is whole."""
-    if Path(args.experiment).name != args.experiment:
+    if not args.experiment or Path(args.experiment).name != args.experiment:
         raise UserError(f"--experiment {args.experiment!r} is no name of a folder in --output")
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # the same numbers on any count of cores

@@ -68,6 +68,9 @@ def test_a_run_writes_its_settings_and_every_epoch_and_repeats_itself(tmp_path: 
         (["--model-kwargs", "surrogate=nonsense"], "unknown surrogate 'nonsense'"),
         (["--activation", "gelu", "--model-kwargs", "alpha=1"], "--model-kwargs: "),
         (["--dataset", "mnist"], "invalid choice"),
+        (["--experiment", "../outside"], "is no name of a folder in --output"),
+        (["--experiment", ""], "is no name of a folder in --output"),
+        (["--activation", "gelu", "--model-kwargs", "approximate=foo"], "can't train with these options"),
     ],
 )
 def test_a_mistake_is_one_line(
