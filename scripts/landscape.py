@@ -35,7 +35,7 @@ def build_parser() -> Parser:
     add_options(parser)
     add_compare(parser, images=512)
     add = parser.add_argument
-    add("--points", **n(3, default=21), help="of the grid, to a side (default: %(default)s)")
+    add("--points", **n(3, 999, default=21), help="of the grid, to a side (default: %(default)s)")
     add("--span", **x(above=0, default=1.0), help="from -X to X, 1 being the weights' length (default: 1)")
     add("--seed", type=SEED, default=0, metavar="N", help="of the directions (default: %(default)s)")
     add("--output", type=Path, default=Path("output/landscape"), metavar="DIR", help="(default: %(default)s)")

@@ -55,7 +55,7 @@ def build_parser() -> Parser:
     parser = Parser("reproduce.py", description=__doc__, epilog=f"Tables: {', '.join(list_tables())}.")
     add = parser.add_argument
     add("table", nargs="?", metavar="TABLE", help="name of a table, or a YAML file")
-    add("--seeds", **n(1), help="run the seeds 0 to N - 1 (default: as many as the table says)")
+    add("--seeds", **n(1, 1000), help="run the seeds 0 to N - 1 (default: as many as the table says)")
     add("--only", nargs="+", default=["*"], metavar="PATTERN", help="variants to run, e.g. relu 'sugar-*'")
     add("--resume", action=argparse.BooleanOptionalAction, default=True, help="go on after what is there (default)")
     add("--rerun", action="store_true", help="also what results/ has a row of, unless OUTPUT has that run")

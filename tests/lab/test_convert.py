@@ -319,6 +319,7 @@ WRONG = {
     "a number for a path": (("--config", "{number}"), "no such file or folder"),
     "weight": (("--checkpoint", "{run}", "--distill", "-1"), "expected 0 or more"),
     "temperature": (("--checkpoint", "{run}", "--temperature", "0"), "expected above 0"),
+    "hot": (("--checkpoint", "{run}", "--temperature", "1e300"), "at most 1000"),
     "no teacher": (("--checkpoint", "{run}", "--distill", "0", "--temperature", "2"), "no effect without --distill"),
     "no blend": (("--checkpoint", "{run}", "--blend-order", "output"), "no effect without --blend-epochs"),
 }

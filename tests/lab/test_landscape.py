@@ -91,6 +91,7 @@ def test_script_writes_two_models_on_one_scale(tmp_path: Path, capsys: pytest.Ca
         assert picture.width > 1000
     for more, message in (
         (["--points", "4"], "--points must be odd"),
+        (["--points", "99999999999"], "expected 3 to 999"),
         (["--span", "0"], "argument --span: expected above 0, not 0"),
     ):
         assert message in error_line(script.main, [*argv, *more], capsys)

@@ -41,7 +41,7 @@ def declaration(table: Table) -> str:
         seeds = f"seed{'s' if len(tune.seeds) > 1 else ''} {', '.join(map(str, tune.seeds))}"
         parts.append(
             f"Each variant has the learning rate that is best for it on {tune.held_out} held-out training images of "
-            f"each class ({epochs} epochs, tuning {seeds}); the final seeds are new."
+            f"each class ({epochs} epoch{'' if epochs == 1 else 's'}, tuning {seeds}); the final seeds are new."
         )
     return " ".join(parts)
 

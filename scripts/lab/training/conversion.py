@@ -38,7 +38,7 @@ def add_options(parser: Parser) -> None:
     add("--surrogate", default="same", metavar="NAME", help="whose gradient ReLU gets (default: %(default)s)")
     teacher = "weight of the distance from the original's outputs, beside the labels; 0 goes without (default: 1)"
     add("--distill", **x(0, default=1.0), help=teacher)
-    add("--temperature", **x(above=0, default=1.0), help="of those outputs (default: %(default)s)")
+    add("--temperature", **x(above=0, most=1000, default=1.0), help="of those outputs (default: %(default)s)")
     blend = "epochs in which the activations move from the old ones to ReLU (default: 0, ReLU from the first update)"
     add("--blend-epochs", **x(0, default=0.0), help=blend)
     order = "which layers move first: all at once, from the input on, or from the output on (default: %(default)s)"
