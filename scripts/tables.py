@@ -47,7 +47,7 @@ OF_THE_MACHINE = ("data_dir", "output", "experiment", "device", "pretrained_path
 MEASURED = ("top-1 (%)", "dead units (%)", "zeros (%)")
 HEAD = ("recipe in `scripts/recipes/`", "model, surrogate", "data", "epochs run here", *MEASURED)
 COSTS_HEAD = ("network, what", "SUGAR over ReLU", "SUGAR over the network's own activation")
-# What the short table of costs shows: file, network, mode, metric.
+# What the short table of costs shows, in float32: file, network, mode, metric.
 COSTS = (
     ("model", "resnet18", "eager", "step"),
     ("model", "convnext_tiny", "eager", "step"),
@@ -153,13 +153,13 @@ def costs_table(results: Path) -> str:
     """The few rows of cost that README shows, of the first machine that was measured, in Markdown."""
     body, where, versions = [], "", ""
     for file, subject, mode, metric in COSTS:
-        key = {"subject": subject, "mode": mode, "metric": metric, "variant": "sugar"}
+        key = {"subject": subject, "mode": mode, "metric": metric, "variant": "sugar", "dtype": "float32"}
         rows = cost.of_default(read_rows(results / f"benchmark_{file}.csv"))
         row = next((row for row in rows if key.items() <= row.items()), None)
         if row:
             what = f"{subject}, {row['batch_size']} images of {row['img_size']} px: {cost.METRICS[metric]}, {mode}"
             body.append([what, cost.cell(row), cost.cell(row, "to_own")])
-            where = f"{row['machine']} ({row['device']}, {row['threads']} cores), {row['dtype']}"
+            where = f"{row['machine']} ({row['device']}, {row['threads']} cores), float32"
             versions = f"torch {row['torch']}, timm_sugar {row['timm_sugar']}"
     if not body:
         return "Not measured yet."

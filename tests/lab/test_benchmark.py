@@ -459,13 +459,16 @@ def test_tables_show_ratios_slopes_and_each_machine(tmp_path: Path) -> None:
         cost.record(tmp_path / "benchmark_activation.csv", rows_of(samples, "pass", **setting))
         alone = rows_of({"relu": [2.0], "sugar": [14.0]}, "recorded", **setting)
         cost.record(tmp_path / "benchmark_activation.csv", alone)
-    setting = {"subject": "net", "mode": "compile", "batch_size": 8, "img_size": 224}
-    cost.record(tmp_path / "benchmark_model.csv", rows_of({"own": [4.0], "relu": [2.0], "sugar": [3.0]}, **setting))
+    setting = {"subject": "net", "mode": "compile", "batch_size": 8, "img_size": 224, "dtype": "float32"}
+    half = rows_of({"own": [4.0], "relu": [1.0], "sugar": [8.0]}, **setting | {"dtype": "bfloat16"})
+    single = rows_of({"own": [4.0], "relu": [2.0], "sugar": [3.0]}, **setting)
+    cost.record(tmp_path / "benchmark_model.csv", [*half, *single])
     text = cost.tables(tmp_path)
     assert "| eager, float32, 2^16 | 2.00 (2.00–3.50) |" in text
     assert "| eager, float32, 2^20 | 3.00 (2.50–4.00) |" in text
     assert text.count("| 7.00 |") == 2, "the forward pass alone stands in a table of its own"
-    assert "| net, 8 images of 224 px | training step, compile | 2.00 | 1.50 | 0.75 |" in text
+    assert "| net, 8 images of 224 px | training step, compile, float32 | 2.00 | 1.50 | 0.75 |" in text
+    assert "| net, 8 images of 224 px | training step, compile, bfloat16 | 4.00 | 8.00 | 2.00 |" in text
     slope = 1 + np.log(1.5) / np.log(16)
     ends = "2.00 (2.00–3.50) | 3.00 (2.50–4.00)"
     assert f"| elements; activation, eager, float32 | 65536 to 1048576 | 1.00 | {slope:.2f} | {ends} |" in text

@@ -53,6 +53,7 @@ def test_marks_without_a_table_are_refused(text: str, tmp_path: Path) -> None:
 def test_the_short_table_of_costs_takes_its_numbers_from_the_rows(tmp_path: Path) -> None:
     assert tables.costs_table(tmp_path) == "Not measured yet."
     row = dict.fromkeys(COLUMNS, "") | {"subject": "resnet18", "mode": "eager", "metric": "step", "variant": "sugar"}
+    row |= {"dtype": "float32"}
     row |= {"batch_size": "8", "img_size": "224", "surrogate": "surrogate='bsilu', alpha=1.67", "device": "cpu"}
     row |= {
         "to_relu": "1.5",
@@ -63,7 +64,8 @@ def test_the_short_table_of_costs_takes_its_numbers_from_the_rows(tmp_path: Path
         "to_own_q3": "1",
     }
     other = row | {"surrogate": "surrogate='nelu', alpha=0.01", "to_relu": "9"}
-    write_rows(tmp_path / "benchmark_model.csv", [other, row], COLUMNS)
+    half = row | {"dtype": "bfloat16", "to_relu": "8"}
+    write_rows(tmp_path / "benchmark_model.csv", [other, half, row], COLUMNS)
     lines = tables.costs_table(tmp_path).splitlines()
     assert lines[2:4] == ["| resnet18, 8 images of 224 px: training step, eager | 1.50 (1.25–1.75) | 1.00 |", ""]
 

@@ -170,15 +170,16 @@ def model_table(rows: list[Row]) -> str:
     variants = [name for name in TITLES if name in there and name != "relu"]
     head = ["network", "what", "its own / ReLU"]
     head += [f"{TITLES[name]} / {other}" for name in variants for other in ("ReLU", "its own")]
-    keys = ("subject", "batch_size", "img_size", "mode", "metric")
+    keys = ("subject", "batch_size", "img_size", "mode", "dtype", "metric")
     subjects = list(dict.fromkeys(row["subject"] for row in rows))
     groups = _groups((row for row in rows if row["metric"] in METRICS), keys)
     body = []
-    for subject, batch, pixels, mode, metric in sorted(groups, key=lambda key: subjects.index(key[0])):
-        by = {row["variant"]: row for row in groups[subject, batch, pixels, mode, metric]}
+    for key in sorted(groups, key=lambda key: subjects.index(key[0])):
+        subject, batch, pixels, mode, dtype, metric = key
+        by = {row["variant"]: row for row in groups[key]}
         cells = [cell(by.get(name), ratio) for name in variants for ratio in ("to_relu", "to_own")]
         what = f"{subject}, {batch} images of {pixels} px"
-        body.append([what, f"{METRICS[metric]}, {mode}", cell(by.get(OWN)), *cells])
+        body.append([what, f"{METRICS[metric]}, {mode}, {dtype}", cell(by.get(OWN)), *cells])
     return markdown_table(head, body)
 
 
