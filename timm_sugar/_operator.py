@@ -182,17 +182,19 @@ def _is_recorded(x: Tensor) -> bool:
     return torch.is_grad_enabled() or _torch.in_forward_mode(x)
 
 
-def _constants(values: list[float]) -> list[float]:
-    """The numbers as constants of the graph: torch.compile(dynamic=True) makes arguments of them, which fails below.
+def _constants(values: list[Any]) -> list[Any]:
+    """Numbers and names as constants of the graph, which what is compiled depends on.
 
-    A number that is the key of a dictionary is a constant to dynamo.
+    torch.compile(dynamic=True) makes arguments of numbers, which fails below, and nested_compile_region, together with
+    a checkpoint, takes a region with one name for that with another. What is the key of a dictionary is a constant.
     """
     return [next(iter({value: None})) for value in values]
 
 
-def _recomputed(operator: Any, *arguments: Any) -> Tensor:
+def _recomputed(operator: Any, x: Tensor, surrogate: str, values: list[Any], formula: str) -> Tensor:
     """The operator under a compiler: only x is saved, from which the backward pass takes relu(x) too."""
-    return checkpoint(operator, *arguments, use_reentrant=False, preserve_rng_state=False)
+    surrogate, formula = _constants([surrogate, formula])
+    return checkpoint(operator, x, surrogate, values, formula, use_reentrant=False, preserve_rng_state=False)
 
 
 def _apply_eagerly(x: Tensor, surrogate: str, values: list[float], formula: str) -> Tensor:
