@@ -23,6 +23,7 @@ from lab.experiments.run import TableRun
 from lab.experiments.table import TABLES, Key, Table, list_tables, load_table
 from lab.files import read_rows, write_rows
 from lab.training.options import build_parser
+from lab.training.runs import load_file
 from lab.training.setup import build_model
 from PIL import Image, ImageChops
 from safetensors.torch import save_file
@@ -351,6 +352,15 @@ def test_killed_and_started_again_gives_the_same_rows(tiny: Path, data: Path, tm
     capfd.readouterr()
     assert reproduce.main(options("w")) == 0
     assert "update" not in capfd.readouterr().out
+    folder = tmp_path / "w" / "tiny" / "sugar-nelu-0"
+    whole = load_file(folder / "last.pth.tar")["state_dict"]
+    for path in ("tiny/sugar-nelu-0.json", "tiny.csv"):  # as if killed between the last row and its checkpoint
+        (tmp_path / "w" / path).unlink()
+    for file in folder.glob("*.pth.tar"):
+        file.unlink()
+    assert reproduce.main(options("w")) == 0
+    again = load_file(folder / "last.pth.tar")["state_dict"]
+    assert all(torch.equal(value, again[key]) for key, value in whole.items())
     for name in ("tiny.csv", "tiny_epochs.csv"):
         assert (tmp_path / "k" / name).read_text() == (tmp_path / "w" / name).read_text()
     (row,) = read_rows(tmp_path / "k" / "tiny.csv")

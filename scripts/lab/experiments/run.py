@@ -19,7 +19,7 @@ from lab.experiments.rows import COLUMNS, CURVES, is_current, key_of, modern, st
 from lab.experiments.table import TABLES, Key, Table, load_table, rate
 from lab.files import environment, read_rows, write_atomically
 from lab.training.divergence import STATUS
-from lab.training.runs import START, read_summary
+from lab.training.runs import START, is_saved, read_summary
 
 SCRIPTS = Path(__file__).resolve().parents[2]
 METRICS = ("top1", "top5", "dead_units", "sparsity")
@@ -86,13 +86,17 @@ class TableRun:
             if self.record.exists():  # written since we looked
                 return
             epochs, status = self.settings["epochs"], 0
-            if len(read_summary(self.folder, epochs)) < epochs:
+            if len(read_summary(self.folder, epochs)) < epochs or not self.is_saved():
                 status = self.start(options, lock)
                 if status == 130:
                     raise KeyboardInterrupt
                 if status not in (0, STATUS):
                     raise UserError(f"run {self.name} failed (status {status}), see above; then the same again")
             write_atomically(self.record, json.dumps(self.as_row(epochs, failed=status == STATUS), indent=1))
+
+    def is_saved(self) -> bool:
+        """Whether the last save wasn't cut short, which comes after the last row of the summary."""
+        return not self.table.takes_images or is_saved(self.folder)
 
     def start(self, options: Sequence[str], lock: int) -> int:
         """Train in a process of its own; returns its exit status."""
@@ -140,7 +144,7 @@ def shown(number: str | None) -> str:
 def start_of(run: TableRun, output: Path) -> TableRun | None:
     """The run whose checkpoint this one starts from, if that isn't whole and a table beside this one makes it.
 
-    `output` is the folder of all tables' runs.
+    `output` is the folder of all tables' runs. Raises UserError if that run diverged.
     """
     path = Path(run.settings.get("initial_checkpoint") or run.settings.get("checkpoint") or "")
     if not path.name or path.parent.parent.parent.resolve() != output.resolve():
@@ -152,9 +156,11 @@ def start_of(run: TableRun, output: Path) -> TableRun | None:
         return None
     settings = table.settings(Key("final", variant, "", int(seed)))
     before = TableRun(table, Key("final", variant, rate(settings.get("lr")), int(seed)), output / table.name)
-    if before.record.exists() and path.exists():
+    record = before.read()  # complains about other settings
+    if record and record["row"]["status"] == "failed":
+        raise UserError(f"{run.name} starts from {before.folder}, which diverged: give {table.name} a lower rate")
+    if record and path.exists():
         return None
-    before.read()  # complains about other settings
     if not path.exists():  # then what else there is of the run is of no use
         (before.folder / "summary.csv").unlink(missing_ok=True)
         before.record.unlink(missing_ok=True)
