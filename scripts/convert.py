@@ -40,7 +40,9 @@ class ConversionToInt8(Conversion):
     """A conversion whose network is quantised at the end, where that can be done."""
 
     def train(self) -> None:
-        """Train, then export."""
+        """Train, then export; an int8 file of weights before goes."""
+        if self.folder and self.start_epoch < self.epochs:
+            (self.folder.path / INT8).unlink(missing_ok=True)
         super().train()
         if self.folder and not self.args.no_int8:
             self.export(self.folder.path)

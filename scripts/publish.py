@@ -32,7 +32,7 @@ from lab.files import environment, write_atomically
 from lab.release.card import CARD, CONFIG, card
 from lab.release.checks import LARGEST_IMAGE, check
 from lab.release.hub import check_token, plan, push
-from lab.release.stage import TrainedRun, add_int8, add_twin, check_is_of, stage
+from lab.release.stage import TrainedRun, add_int8, add_twin, check_is_of, check_original, stage
 from lab.training.data import class_to_idx, open_dataset
 
 from timm_sugar import __version__
@@ -106,6 +106,7 @@ def measure_int8(args: argparse.Namespace) -> None:
     if not settings.get("checkpoint"):
         raise UserError(f"{args.run} is no conversion of a checkpoint: make one with scripts/convert.py --checkpoint")
     check_is_of(folder, run)
+    check_original(run, Path(settings["checkpoint"]))
     data = Path(args.data_dir or settings["data_dir"])
     images = sum(1 for path in (data / "validation").glob("*/*"))
     if not (data / "train").is_dir() or not images:

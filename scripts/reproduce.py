@@ -39,7 +39,7 @@ from lab.experiments.pictures import draw_depth, write_picture
 from lab.experiments.rows import collect, locked, read_results
 from lab.experiments.run import Busy, TableRun, start_of
 from lab.experiments.subset import make_noise, make_subset
-from lab.experiments.table import Key, Table, list_tables, load_table
+from lab.experiments.table import TABLES, Key, Table, list_tables, load_table
 from lab.experiments.tuning import tuning_of
 from lab.files import read_rows
 from lab.training.data import open_dataset
@@ -212,6 +212,10 @@ def run(args: argparse.Namespace) -> None:
     """Run the table if one is named, then write pictures and the page."""
     if args.table:
         table = load_table(args.table)
+        if table.name in list_tables() and table.folder.resolve() != TABLES and not args.smoke:
+            raise UserError(
+                f"{args.table} has the name of a table of the project, whose rows it would replace: rename it"
+            )
         with explained(f"--seeds {args.seeds}"):
             table = replace(table, seeds=args.seeds or table.seeds)
         args.output = args.output.absolute()

@@ -44,7 +44,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     """All rows of a CSV file, none if there is no such file."""
     if not path.exists():
         return []
-    with open(path, newline="") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:  # a spreadsheet puts a mark before the first column
         return list(csv.DictReader(file))
 
 

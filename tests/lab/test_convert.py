@@ -198,6 +198,8 @@ def test_int8_that_was_cut_off_is_made_by_the_same_command_again(
     assert convert.main(again) == 0
     assert (tmp_path / "converted" / "model-int8.onnx").read_text() == "int8"
     assert all(torch.equal(value, trained[name]) for name, value in weights(tmp_path / "converted").items())
+    assert convert.main([*again, "--epochs", "3", "--no-int8"]) == 0
+    assert not (tmp_path / "converted" / "model-int8.onnx").exists(), "it is of the weights before"
     assert "the run is finished" in error_line(convert.main, again, capsys)
 
 

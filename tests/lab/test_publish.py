@@ -194,12 +194,17 @@ for i, block in enumerate(blocks):
     assert ("timm_sugar" in sys.modules) == (i == 4 or not stock), block
 assert names["model"].num_classes == 5
 
-import torch
+import timm, torch
 from fgi import inject
 from timm_sugar import SUGAR
 arguments = dict(config["sugar"]["model_args"])
 model = names["model"].double().eval()
-oracle = inject(copy.deepcopy(model), (SUGAR,), arguments.pop("surrogate"), **{k: arguments[k] for k in ("alpha",)})
+if arguments["surrogate"] == "same":  # of a network with Hardswish and ReLU
+    oracle = timm.create_model(config["architecture"], num_classes=5).double().eval()
+    oracle.load_state_dict(model.state_dict())
+    inject(oracle, (torch.nn.Hardswish,), "silu")
+else:
+    oracle = inject(copy.deepcopy(model), (SUGAR,), arguments["surrogate"], alpha=arguments["alpha"])
 x = torch.randn(2, *config["pretrained_cfg"]["input_size"], dtype=torch.float64)
 for network in (model, oracle):
     network.zero_grad()

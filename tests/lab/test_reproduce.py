@@ -436,6 +436,9 @@ def test_a_run_that_fails_ends_with_a_line(tiny: Path, tmp_path: Path, capfd: py
         ("title: x\nbaseline: relu\nvariants: {gelu: {}}\n", "the baseline 'relu' is none of its variants"),
         ("title: x\nbaseline: relu\nvariants: {relu: {}}\nepochs: 3\n", "unknown key 'epochs'"),
         ("title: x\nbaseline: relu\n", "variants"),
+        (TINY + "script:\n", "script has no value"),
+        ("base: mine\noptions:\n", "options has no value"),
+        ("base: /nowhere/tiny\n", "base: Invalid name"),
         ("title: x\nbaseline: relu\nvariants: {relu: {}}\noptions: {lr: 1e-3}\n", "the rate '1e-3' is text"),
         (TINY + "tune: {lr: [1e-3, 1e-2], seeds: [50], held_out: 2}\n", "the rate '1e-3' is text"),
         ("title: x\nbaseline: relu\nvariants: [relu]\n", "is not a table"),
@@ -459,12 +462,18 @@ def test_a_file_that_is_no_table_is_named(
     assert message in error_line(reproduce.main, [str(path)], capsys)
 
 
+def test_a_table_of_ones_own_does_not_take_the_place_of_another(tmp_path: Path, capsys: Any) -> None:
+    (tmp_path / "resnet18_small.yaml").write_text(TINY)
+    line = error_line(reproduce.main, [str(tmp_path / "resnet18_small.yaml"), *places(tmp_path, tmp_path)], capsys)
+    assert "has the name of a table of the project" in line
+
+
 def test_an_unknown_table_is_answered_with_the_names(capsys: pytest.CaptureFixture[str]) -> None:
     assert "cifar10_resnet18" in error_line(reproduce.main, ["nonsense"], capsys)
     assert "--workers: expected 0 to 256, not -1" in error_line(
         reproduce.main, ["cifar10_resnet18", "-j", "-1"], capsys
     )
-    assert "--seeds: expected 1 or more" in error_line(reproduce.main, ["cifar10_resnet18", "--seeds", "0"], capsys)
+    assert "--seeds: expected 1 to 1000" in error_line(reproduce.main, ["cifar10_resnet18", "--seeds", "0"], capsys)
 
 
 def test_pages_are_those_of_the_committed_numbers_and_every_row_can_be_made_again() -> None:

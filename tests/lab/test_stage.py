@@ -291,6 +291,12 @@ def test_a_conversion_says_what_it_and_its_original_do_in_int8(tmp_path: Path, c
     assert f"| the original | {scored:.2f} |" in text
     no_conversion = ["int8", folder.name, str(original), "--models", str(models)]
     assert "no conversion of a checkpoint" in error_line(load_script("publish").main, no_conversion, capsys)
+    state = torch.load(original / "last.pth.tar", weights_only=False)
+    next(iter(state["state_dict"].values())).add_(1)
+    for name in ("last.pth.tar", "model_best.pth.tar"):
+        (original / name).unlink(missing_ok=True)
+        torch.save({"state_dict": state["state_dict"], "args": state["args"], "epoch": state["epoch"]}, original / name)
+    assert "other weights than those that" in error_line(load_script("publish").main, ["int8", *publish], capsys)
 
 
 def evaluate_top1(run: Path, data: Path) -> float:

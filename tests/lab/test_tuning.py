@@ -109,7 +109,15 @@ def test_the_record_of_another_run_is_not_taken(start: Any, tmp_path: Path, caps
     assert "was made with other settings" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("old", "new"), [("relu,0.1,50", "relu,0.1,x"), (",variant,", ",kind,"), ("90.0000", "hello")])
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("relu,0.1,50", "relu,0.1,x"),
+        (",variant,", ",kind,"),
+        ("90.0000", "hello"),
+        ("phase,", "face,"),
+    ],
+)
 def test_damaged_results_are_one_line(old: str, new: str, start: Any, tmp_path: Path, capsys: Any) -> None:
     start(peak())
     path = tmp_path / "r" / "tuned.csv"
@@ -135,6 +143,16 @@ def test_a_subset_of_other_images_is_not_taken(
             seen.append(str(error))
     assert seen[0] == seen[1] == str(tmp_path / "o" / "subset-held_out-2")
     assert "choose another --output, or remove it" in seen[2]
+
+
+def test_a_mark_before_the_first_column_changes_nothing(start: Any, tmp_path: Path) -> None:
+    """A spreadsheet writes it."""
+    start(peak())
+    file = tmp_path / "r" / "tuned.csv"
+    before = read_rows(file)
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert read_rows(file) == before
+    assert start(peak()) == []
 
 
 def test_a_run_that_diverges_is_a_row_and_the_others_go_on(start: Any, tmp_path: Path) -> None:

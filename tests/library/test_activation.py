@@ -17,7 +17,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from fgi import FGI, SETTINGS, inject, slope
+from fgi import FGI, SETTINGS, inject, injected, slope
 from timm.layers import GELUTanh
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -760,6 +760,28 @@ def test_every_alpha_has_its_own_compiled_gradient(compiler: None) -> None:
     for alpha in (0.01, 0.05, 0.1, 0.01):
         (grad,) = torch.autograd.grad(compiled(x, alpha).sum(), x)
         torch.testing.assert_close(grad, slope(x, "nelu", alpha=alpha), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.skipif(not hasattr(torch.compiler, "nested_compile_region"), reason="this PyTorch has no regions")
+def test_a_region_that_is_compiled_once_has_each_blocks_own_surrogate(compiler: None) -> None:
+    class Block(nn.Module):
+        def __init__(self, surrogate: str) -> None:
+            super().__init__()
+            self.fc, self.act = nn.Linear(6, 6), SUGAR(surrogate=surrogate)
+
+        @torch.compiler.nested_compile_region
+        def forward(self, x: Tensor) -> Tensor:
+            return self.act(self.fc(x))
+
+    names = ("silu", "silu", "gelu")
+    model = nn.Sequential(*map(Block, names)).double()
+    x = torch.randn(4, 6, dtype=torch.float64)
+    weights = [block.fc.weight for block in model]
+    found = torch.autograd.grad(torch.compile(model, backend="aot_eager", fullgraph=True)(x).square().sum(), weights)
+    for block, name in zip(model, names, strict=True):
+        x = injected(block.fc(x), name)
+    for one, expected in zip(found, torch.autograd.grad(x.square().sum(), weights), strict=True):
+        torch.testing.assert_close(one, expected)
 
 
 @pytest.mark.parametrize("is_set", [False, True])

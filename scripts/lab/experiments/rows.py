@@ -66,6 +66,8 @@ def modern(table: Table, row: dict[str, Any]) -> dict[str, Any]:
     """A row with the columns of today; those of an older version had no phase."""
     if "phase" in row:
         return row
+    if table.tune:
+        raise ValueError("there is no column phase")
     key = Key("final", row["variant"], "", int(row["seed"]))
     row = {**key._asdict(), "lr": rate(table.settings(key).get("lr")), **row}
     if "command" in row:

@@ -236,7 +236,10 @@ def _read(path: Path) -> dict[str, Any]:
             raise ValueError(error) from error
         if not isinstance(values, dict):
             raise ValueError("expected 'key: value' lines")
+        if empty := [key for key in ("options", "variants", "script") if key in values and values[key] is None]:
+            raise ValueError(f"{empty[0]} has no value")
     if "base" not in values:
         return values
-    base = _read(path.with_name(f"{values.pop('base')}.yaml"))
+    with explained(f"{path}: base"):
+        base = _read(path.with_name(f"{values.pop('base')}.yaml"))
     return {**base, **values, "options": {**base.get("options", {}), **values.get("options", {})}}

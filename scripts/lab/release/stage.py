@@ -36,7 +36,9 @@ from lab.release.card import (
     card,
     read_results,
 )
+from lab.training.loading import find_file, load_weights
 from lab.training.runs import check_model, read_checkpoint, read_summary
+from lab.training.seal import digest
 from timm_sugar.activation import SUGAR
 from timm_sugar.models._weights import WEIGHTS
 from timm_sugar.models.sugar import ALIASES, SUFFIX
@@ -83,6 +85,7 @@ class TrainedRun:
         self.settings = {**self.recipe, "model_kwargs": known["model_kwargs"]}
         if "original" in known:  # a conversion, whose model is the original's ReLU self
             self.settings["model"] = known["model"]
+        self.teacher: str | None = known.get("teacher")  # of a conversion, the digest of the original's weights
         check_model(state, folder / "last.pth.tar", self.settings["model"])
         self.published = self.settings | ({"img_size": img_size, "input_size": None} if img_size else {})
         weights = clean_state_dict(state.get("state_dict_ema") or state["state_dict"])
@@ -213,6 +216,14 @@ def check_is_of(folder: Path, run: TrainedRun) -> None:
     )
     if not same:
         raise UserError(f"{folder.name} does not have the weights of {run.folder}")
+
+
+def check_original(run: TrainedRun, path: Path) -> None:
+    """Raises UserError for a checkpoint that is not, or no longer, what a run converted."""
+    found = clean_state_dict(load_weights(find_file(path), ema=True)[0])
+    weights = {key: found[key].to(value.dtype) for key, value in run.weights.items() if key in found}
+    if digest({"state_dict": weights}, {}) != run.teacher:
+        raise UserError(f"{path} has other weights than those that {run.folder} converted: convert it anew")
 
 
 def add_int8(folder: Path, measured: dict[str, Any], row: dict[str, Any]) -> None:
