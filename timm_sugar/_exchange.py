@@ -55,7 +55,7 @@ def exchange(plan: Mapping[Place, New]) -> list[Change]:
     return done
 
 
-def undo_all(changes: Sequence[Change | Renamed]) -> None:
+def undo_all(changes: Sequence[Any]) -> None:
     """Undo changes, the last one first."""
     for change in reversed(changes):
         change.undo()

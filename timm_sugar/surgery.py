@@ -27,11 +27,14 @@ from timm_sugar._places import (
     overwrites_input,
     own_surrogate,
 )
+from timm_sugar._saved_config import SavedConfig, write_configs
 from timm_sugar._saved_tensors import keep_sharing, share_within, unshare_within
 from timm_sugar.activation import SUGAR, FunctionalSUGAR
 from timm_sugar.surrogate import SAME, Surrogate, get_surrogate
 
 Chosen = str | Surrogate
+Undone = Change | Renamed | SavedConfig
+_RELU = ("ReLU", "relu", "relu_")
 _CALL_WITH_X_ALONE = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _OPTIONS = ("filter_fn", "types", "example", "save_memory")  # of sugarize, what isn't a surrogate's parameter
 
@@ -127,7 +130,7 @@ def _sugarize(
     example: Any,
     save_memory: bool,
     parameters: dict[str, Any],
-) -> list[Change | Renamed]:
+) -> list[Undone]:
     """What `sugarize` does; returns the changes, in their order."""
     if example is not None:
         _torch.check_examples()
@@ -148,19 +151,25 @@ def _sugarize(
     plan = _plan(choose, save_memory)
     in_place = {new: place.name for place, new in plan.items() if isinstance(new, nn.Module) and is_in_place(place)}
     expected = None if example is None else _output_of_relu(model, plan, example)
-    changes: list[Change | Renamed] = [*exchange(plan)]
+    of_other = [new for place, new in plan.items() if _was_other_than_relu(place)]
+    changes: list[Undone] = [*exchange(plan)]
     try:
         if left:
             warnings.warn(f"sugarize() left activations of {type(model).__name__}: {_listed(left)}", stacklevel=3)
         if example is not None:
             _check_on_example(model, in_place, example, expected)
         changes += rename_in_configs(model, left, types)
+        changes += write_configs(model, of_other)
     except BaseException:  # warnings that are errors, what the model raises on the example, Ctrl-C
         undo_all(changes)
         raise
     if plan and save_memory:
         share_within(model, [module for module in model.modules() if isinstance(module, SUGAR) and module.save_memory])
     return changes
+
+
+def _was_other_than_relu(place: Place) -> bool:
+    return place.settings() is None and name_of(place.activation) not in _RELU
 
 
 def _output_of_relu(model: nn.Module, plan: Mapping[Place, New], example: Any) -> Any:

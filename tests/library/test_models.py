@@ -343,6 +343,59 @@ def test_surrogate_comes_back_from_a_saved_config(base: str, tmp_path: Path) -> 
     assert torch.equal(loaded(x), model(x))
 
 
+def settings_of(model: Any) -> dict[str, Any]:
+    return {name: (m.surrogate, m.values) for name, m in model.named_modules() if isinstance(m, SUGAR)}
+
+
+def comes_back(model: Any, folder: Path) -> Any:
+    """A model as it is after it was saved and loaded; it computes the same."""
+    save_for_hf(model, folder, safe_serialization=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    x = images(model)
+    assert torch.equal(loaded(x), model.eval()(x))
+    return loaded
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: timm_sugar.set_surrogate(model, "nelu", alpha=0.05),
+        lambda model: timm_sugar.set_surrogate(model, "relu", gain=1.3),
+        lambda model: timm_sugar.SurrogateSchedule(model, alpha=(1.6, 0.1), updates=1).step(),
+        lambda model: timm_sugar.sugarize(model, {"layer1.*": "nelu", "*": "same"}),
+        lambda model: model.reset_classifier(7) or timm_sugar.set_surrogate(model, alpha=0.5),
+    ],
+)
+def test_changed_surrogates_come_back_from_a_saved_config(change: Any, tmp_path: Path) -> None:
+    model = build("test_resnet_sugar", alpha=0.7, num_classes=4)
+    change(model)
+    assert settings_of(comes_back(model, tmp_path)) == settings_of(model)
+
+
+@pytest.mark.parametrize(
+    "surrogate", ["nelu", "same", {"stages.1.*": "nelu", "*": {"surrogate": "bsilu", "alpha": 0.5}}]
+)
+def test_a_network_that_was_sugarized_by_hand_comes_back_as_relu(surrogate: Any, tmp_path: Path) -> None:
+    """Its architecture alone would compute GELU; with ReLU alone its name stays, and timm loads it."""
+    model = timm_sugar.sugarize(build("test_convnext", num_classes=4), surrogate)
+    assert settings_of(comes_back(model, tmp_path / "sugar")) == settings_of(model)
+    comes_back(timm_sugar.to_relu(model), tmp_path / "relu")
+    plain = timm_sugar.sugarize(build("test_resnet", num_classes=4), "nelu")
+    assert not settings_of(comes_back(plain, tmp_path / "plain"))
+
+
+def test_what_sugarize_leaves_is_left_in_a_saved_model_and_undoing_it_undoes_its_name(tmp_path: Path) -> None:
+    model = build("test_convnext", num_classes=4)
+    with timm_sugar.sugarized(model):
+        assert settings_of(comes_back(model, tmp_path / "within")) == settings_of(model)
+    assert set(timm_sugar.list_activations(comes_back(model, tmp_path / "after")).values()) == {"GELUTanh"}
+    timm_sugar.sugarize(model, filter_fn=lambda _, name: "stages.0" in name)
+    loaded = comes_back(model, tmp_path / "part")
+    assert timm_sugar.list_activations(loaded) == timm_sugar.list_activations(model)
+
+
 def test_defaults_come_back_from_a_saved_config(tmp_path: Path) -> None:
     save_for_hf(build("test_vit_sugar"), tmp_path, safe_serialization=True)
     loaded = timm.create_model(f"local-dir:{tmp_path}")

@@ -26,12 +26,11 @@ from timm.models import (
 )
 from torch import nn
 
+from timm_sugar._saved_config import SUFFIX
 from timm_sugar.models import conv2next  # noqa: F401  registers what timm lacks
 from timm_sugar.models._weights import SugarTag, load_tags
 from timm_sugar.surgery import list_activations, resolve_surrogate, sugarize
 from timm_sugar.surrogate import Surrogate, built_in_parameters, get_surrogate, list_surrogates
-
-SUFFIX = "_sugar"
 
 # Short names, without the suffix: what users call the architecture.
 ALIASES = {"swin_tiny": "swin_tiny_patch4_window7_224"}
