@@ -13,7 +13,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from lab.cli import Parser
+from lab.cli import Parser, check_checkout
 from lab.release.steps import STEPS
 
 from timm_sugar.version import __version__
@@ -21,6 +21,7 @@ from timm_sugar.version import __version__
 
 def walk(_: object) -> None:
     """Take all steps, one line each."""
+    check_checkout()
     for title, step in STEPS.items():
         print(f"{title:11}", end="", flush=True)
         try:

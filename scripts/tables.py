@@ -25,7 +25,7 @@ from typing import Any
 
 import yaml
 from lab.bench import cost
-from lab.cli import Parser, UserError, as_options, choose_device, explained
+from lab.cli import Parser, UserError, as_options, check_checkout, choose_device, explained
 from lab.experiments import evidence, outside
 from lab.files import environment, markdown_table, read_rows, write_atomically, write_rows
 from lab.release.card import CONFIG, SURROGATES, TWIN, read_results
@@ -44,6 +44,8 @@ COLUMNS = (
 )
 DATA = {"cifar10": "CIFAR-10", "tin200": "Tiny-ImageNet-200", "in1k": "ImageNet-1k", "finetune": "your own"}
 OF_THE_MACHINE = ("data_dir", "output", "experiment", "device", "pretrained_path")
+# Settings that the table takes from the recipe, and what they are if they aren't there.
+_SHOWN: dict[str, Any] = {"model": None, "model_kwargs": {}, "img_size": None, "pretrained": False}
 MEASURED = ("top-1 (%)", "dead units (%)", "zeros (%)")
 HEAD = ("recipe in `scripts/recipes/`", "model, surrogate", "data", "epochs run here", *MEASURED)
 COSTS_HEAD = ("network, what", "SUGAR over ReLU", "SUGAR over the network's own activation")
@@ -80,13 +82,23 @@ def load_recipe(name: str) -> dict[str, Any]:
 
 
 def recipe_row(folder: Path, name: str, data: str = "DATA") -> dict[str, Any]:
-    """One row of results on a run of the recipe of that name. Raises UserError for a folder that is no finished run."""
+    """One row of results on a run of the recipe of that name. Raises UserError for a folder that is no such run."""
     recipe = load_recipe(name)
-    with explained(f"{folder} is not a training run"):
+    with explained(f"{folder} is not a run of {name}"):
         args = yaml.safe_load((folder / "args.yaml").read_text())
-    rows = read_summary(folder, args["epochs"])
-    if len(rows) < args["epochs"]:
-        raise UserError(f"{folder}: {len(rows)} of {args['epochs']} epochs are done; finish it with train.py --resume")
+        rows = read_summary(folder, int(args["epochs"]))
+        if len(rows) < args["epochs"]:
+            raise ValueError(f"{len(rows)} of {args['epochs']} epochs are done; finish it with train.py --resume")
+        for key, default in _SHOWN.items():
+            if args.get(key, default) != recipe.get(key, default):
+                raise ValueError(f"its {key} is {args.get(key, default)}, not {recipe.get(key, default)}")
+        return _row_of(args, rows, name, recipe, data)
+
+
+def _row_of(
+    args: dict[str, Any], rows: list[dict[str, str]], name: str, recipe: dict[str, Any], data: str
+) -> dict[str, Any]:
+    """The row of a run with these settings and this summary."""
     asked = vars(build_parser().parse_args([])) | recipe
     changed = [key for key in args if key not in ("epochs", *OF_THE_MACHINE) and args[key] != asked[key]]
     kept = " ".join(word for key in ("epochs", *changed) for word in as_options(key, args[key]))
@@ -218,6 +230,7 @@ def result_pages() -> dict[Path, str]:
 
 def run(args: argparse.Namespace) -> None:
     """Read all runs before the first file is written."""
+    check_checkout()
     if args.selection:
         chosen = [recipe_row(folder, args.selection, "HOLDOUT") for folder in args.runs]
         rows = load_results(SELECTION, "command") | {row["command"]: row for row in chosen}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -11,8 +12,10 @@ from lab.cli import UserError
 from lab.experiments import outside
 from lab.files import write_rows
 from lab.release.stage import TrainedRun, add_twin
-from scripting import load_script
+from scripting import error_line, load_script
 from staging import MEASURED, VERSIONS, make_folder, train
+
+import timm_sugar
 
 tables = load_script("tables")
 
@@ -23,7 +26,7 @@ def run(tmp_path: Path) -> Path:
     folder = tmp_path / "resnet18_cifar10"
     folder.mkdir()
     args = tables.load_recipe(folder.name) | {"epochs": 2, "seed": 7, "device": "cpu", "batch_size": 64}
-    args |= {"amp": True, "model_kwargs": {"surrogate": "elu"}, "output": str(tmp_path)}
+    args |= {"amp": True, "opt_kwargs": {"foreach": False}, "output": str(tmp_path)}
     (folder / "args.yaml").write_text(yaml.safe_dump(args))
     (folder / "summary.csv").write_text(
         "epoch,train_loss,eval_loss,eval_top1,eval_top5,eval_dead_units,eval_sparsity,lr\n"
@@ -89,7 +92,7 @@ def test_a_row_has_the_last_epoch_and_the_command_that_repeats_it(run: Path) -> 
     whole = tables.load_recipe(run.name)["epochs"]
     assert (row["epochs"], row["recipe_epochs"], row["seed"]) == (2, whole, 7)
     assert (row["top1"], row["top5"], row["dead_units"], row["sparsity"]) == ("61.23", "95.68", "0.1250", "0.5000")
-    changes = "--epochs=2 --amp --batch-size=64 --model-kwargs surrogate=elu --seed=7 --data-dir DATA"
+    changes = "--epochs=2 --amp --batch-size=64 --opt-kwargs foreach=False --seed=7 --data-dir DATA"
     assert row["command"].endswith(f"resnet18_cifar10.yaml {changes}")
     assert f"| 2 of {whole} | 61.23 | 12.50 | 50.00 |" in tables.table({"resnet18_cifar10": row})
 
@@ -106,6 +109,32 @@ def test_an_unfinished_run_and_a_folder_of_another_name_are_refused(
         assert stop.value.code == 2
         assert message in capsys.readouterr().err
     assert not tables.RESULTS.exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"model_kwargs": {"surrogate": "nelu"}},
+            "its model_kwargs is {'surrogate': 'nelu'}, not {'surrogate': 'bsilu', 'alpha': 1.67}",
+        ),
+        ({"model": "test_resnet_sugar"}, "its model is test_resnet_sugar"),
+        ({"img_size": 32}, "its img_size is 32"),
+        ({"distill": 1.0}, "'distill'"),
+        ({"epochs": None}, "is not a run of"),
+    ],
+)
+def test_a_run_of_something_else_is_refused(settings: dict[str, Any], message: str, run: Path, capsys: Any) -> None:
+    file = run / "args.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | settings))
+    assert message in error_line(tables.main, [str(run)], capsys)
+
+
+def test_a_run_without_validation_or_settings_is_refused(run: Path, capsys: Any) -> None:
+    (run / "summary.csv").write_text("epoch,train_loss,lr\n0,2.0,0.1\n1,1.0,0.1\n")
+    assert "is not a run of resnet18_cifar10: 'eval_top1'" in error_line(tables.main, [str(run)], capsys)
+    (run / "args.yaml").write_text("")
+    assert "is not a run of resnet18_cifar10" in error_line(tables.main, [str(run)], capsys)
 
 
 def test_models_stand_in_a_table_with_the_numbers_of_their_cards(tmp_path: Path) -> None:
@@ -135,3 +164,10 @@ def test_runs_that_chose_settings_stand_apart(run: Path, monkeypatch: pytest.Mon
     assert (row["recipe"], row["top1"]) == ("resnet18_cifar10", "61.23")
     assert row["command"].endswith("--data-dir HOLDOUT")
     assert tables.README.read_text() == before
+
+
+def test_the_library_of_another_place_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path) -> None:
+    """Its models would stand in the tables, or none."""
+    monkeypatch.setattr(timm_sugar, "__file__", str(tmp_path / "timm_sugar" / "__init__.py"))
+    for script in (tables, load_script("release")):
+        assert f"timm_sugar comes from {tmp_path}, not from" in error_line(script.main, [], capsys)
