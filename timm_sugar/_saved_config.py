@@ -32,7 +32,7 @@ class SavedConfig:
     @property
     def is_of_sugar(self) -> bool:
         """Whether the architecture is one with SUGAR already."""
-        return str(self.before[_CONFIG].get("architecture", "")).endswith(SUFFIX)
+        return str(self.before[_CONFIG]["architecture"]).endswith(SUFFIX)
 
     def write(self) -> None:
         """Name the architecture with SUGAR, and the surrogates that the model has now."""
@@ -52,8 +52,7 @@ class SavedConfig:
 
 def saved_configs(model: nn.Module) -> list[SavedConfig]:
     """Those of a model and of the models inside that have SUGAR in them."""
-    timms = [module for module in model.modules() if {_CONFIG, _ARGUMENTS} <= vars(module).keys()]
-    return [config for config in map(SavedConfig, timms) if config.sugar]
+    return [config for config in map(SavedConfig, filter(_is_of_timm, model.modules())) if config.sugar]
 
 
 def write_configs(model: nn.Module, new: Collection[Any]) -> list[SavedConfig]:
@@ -69,6 +68,12 @@ def write_configs(model: nn.Module, new: Collection[Any]) -> list[SavedConfig]:
     for config in concerned:
         config.write()
     return concerned
+
+
+def _is_of_timm(module: nn.Module) -> bool:
+    """Whether `create_model` made a module, of an architecture with a name."""
+    config = vars(module).get(_CONFIG)
+    return isinstance(config, dict) and "architecture" in config and isinstance(vars(module).get(_ARGUMENTS), dict)
 
 
 def _as_json(module: SUGAR) -> dict[str, Any]:

@@ -386,6 +386,14 @@ def test_a_network_that_was_sugarized_by_hand_comes_back_as_relu(surrogate: Any,
     assert not settings_of(comes_back(plain, tmp_path / "plain"))
 
 
+@pytest.mark.parametrize("config", [None, {}, {"architecture": "test_convnext"}])
+def test_a_model_that_timm_could_not_save_is_sugarized_all_the_same(config: Any) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.GELU())
+    model.pretrained_cfg = config  # type: ignore[assignment]
+    assert list(settings_of(timm_sugar.sugarize(model, "nelu"))) == ["1"]
+    assert model.pretrained_cfg == config
+
+
 def test_what_sugarize_leaves_is_left_in_a_saved_model_and_undoing_it_undoes_its_name(tmp_path: Path) -> None:
     model = build("test_convnext", num_classes=4)
     with timm_sugar.sugarized(model):
