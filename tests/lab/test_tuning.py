@@ -239,7 +239,7 @@ def test_budget_and_grid_are_the_same_for_all_and_the_subset_is_the_seeds() -> N
 
 
 def test_the_run_that_a_pending_row_starts_from_is_made_first_though_results_has_its_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As in a fresh clone: results/ has the rows of the first table, OUTPUT has no checkpoint, or half of one."""
     ran: list[str] = []
@@ -262,6 +262,12 @@ def test_the_run_that_a_pending_row_starts_from_is_made_first_though_results_has
     (tmp_path / "o" / "first" / "relu-0.json").unlink()  # as if killed while it trained: its checkpoint is not the last
     assert reproduce.main([*following, "--only", "sugar-bsilu", "--seeds", "1"]) == 0
     assert ran[2:] == ["first/relu-0", "next/sugar-bsilu-0"]
+    record = tmp_path / "o" / "first" / "relu-0.json"
+    done = record.read_text()
+    record.write_text(done.replace('"done"', '"failed"'))
+    line = error_line(reproduce.main, [*following, "--only", "relu"], capsys)
+    assert f"relu-0 starts from {tmp_path}/o/first/relu-0, which diverged" in line
+    record.write_text(done)
     assert reproduce.main([*following, "--only", "relu"]) == 0
     assert ran[4:] == ["next/relu-0", "first/relu-1", "next/relu-1"]
     ran.clear()
