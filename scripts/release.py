@@ -13,7 +13,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from lab.cli import Parser, check_checkout
+from lab.cli import Parser
+from lab.files import check_checkout
 from lab.release.steps import STEPS
 
 from timm_sugar.version import __version__

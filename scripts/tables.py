@@ -25,9 +25,9 @@ from typing import Any
 
 import yaml
 from lab.bench import cost
-from lab.cli import Parser, UserError, as_options, check_checkout, choose_device, explained
+from lab.cli import Parser, UserError, as_options, choose_device, explained
 from lab.experiments import evidence, outside
-from lab.files import environment, markdown_table, read_rows, write_atomically, write_rows
+from lab.files import check_checkout, environment, markdown_table, read_rows, write_atomically, write_rows
 from lab.release.card import CONFIG, SURROGATES, TWIN, read_results
 from lab.training.options import build_parser
 from lab.training.runs import read_summary
@@ -92,26 +92,19 @@ def recipe_row(folder: Path, name: str, data: str = "DATA") -> dict[str, Any]:
         for key, default in _SHOWN.items():
             if args.get(key, default) != recipe.get(key, default):
                 raise ValueError(f"its {key} is {args.get(key, default)}, not {recipe.get(key, default)}")
-        return _row_of(args, rows, name, recipe, data)
-
-
-def _row_of(
-    args: dict[str, Any], rows: list[dict[str, str]], name: str, recipe: dict[str, Any], data: str
-) -> dict[str, Any]:
-    """The row of a run with these settings and this summary."""
-    asked = vars(build_parser().parse_args([])) | recipe
-    changed = [key for key in args if key not in ("epochs", *OF_THE_MACHINE) and args[key] != asked[key]]
-    kept = " ".join(word for key in ("epochs", *changed) for word in as_options(key, args[key]))
-    return {
-        "recipe": name,
-        "epochs": args["epochs"],
-        "recipe_epochs": recipe["epochs"],
-        "seed": args["seed"],
-        **{key: f"{float(rows[-1][f'eval_{key}']):.2f}" for key in ("top1", "top5")},
-        **{key: f"{float(rows[-1][f'eval_{key}']):.4f}" for key in ("dead_units", "sparsity")},
-        **environment(choose_device(args["device"])),
-        "command": f"python scripts/train.py --config scripts/recipes/{name}.yaml {kept} --data-dir {data}",
-    }
+        asked = vars(build_parser().parse_args([])) | recipe
+        changed = [key for key in args if key not in ("epochs", *OF_THE_MACHINE) and args[key] != asked[key]]
+        kept = " ".join(word for key in ("epochs", *changed) for word in as_options(key, args[key]))
+        return {
+            "recipe": name,
+            "epochs": args["epochs"],
+            "recipe_epochs": recipe["epochs"],
+            "seed": args["seed"],
+            **{key: f"{float(rows[-1][f'eval_{key}']):.2f}" for key in ("top1", "top5")},
+            **{key: f"{float(rows[-1][f'eval_{key}']):.4f}" for key in ("dead_units", "sparsity")},
+            **environment(choose_device(args["device"])),
+            "command": f"python scripts/train.py --config scripts/recipes/{name}.yaml {kept} --data-dir {data}",
+        }
 
 
 def load_results(path: Path = RESULTS, key: str = "recipe") -> dict[str, dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +55,14 @@ def exchange(plan: Mapping[Place, New]) -> list[Change]:
     return done
 
 
-def undo_all(changes: Sequence[Any]) -> None:
+class Undoable(Protocol):
+    """A change of a model that can be undone."""
+
+    def undo(self) -> None:
+        """Put back what was there before."""
+
+
+def undo_all(changes: Sequence[Undoable]) -> None:
     """Undo changes, the last one first."""
     for change in reversed(changes):
         change.undo()

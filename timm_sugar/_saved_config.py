@@ -41,7 +41,8 @@ class SavedConfig:
         settings = {name: _as_json(module) for name, module in self.sugar.items()}
         first = next(iter(settings.values()))
         alike = self.is_whole and all(setting == first for setting in settings.values())
-        other = {key: value for key, value in arguments.items() if key not in _arguments_of(arguments)}
+        old = {"surrogate", *parameters_of(arguments.get("surrogate"))}
+        other = {key: value for key, value in arguments.items() if key not in old}
         vars(self.model)[_CONFIG] = {**config, "architecture": architecture}
         vars(self.model)[_ARGUMENTS] = other | (first if alike else {"surrogate": settings})
 
@@ -50,19 +51,15 @@ class SavedConfig:
         vars(self.model).update(self.before)
 
 
-def saved_configs(model: nn.Module) -> list[SavedConfig]:
-    """Those of a model and of the models inside that have SUGAR in them."""
-    return [config for config in map(SavedConfig, filter(_is_of_timm, model.modules())) if config.sugar]
-
-
-def write_configs(model: nn.Module, new: Collection[Any]) -> list[SavedConfig]:
-    """Write the configs that a change of surrogates concerns; returns them, to be undone.
+def write_configs(model: nn.Module, new: Collection[Any] = ()) -> list[SavedConfig]:
+    """Write the configs of a model, and of models inside, that a change of surrogates concerns; returns them.
 
     `new` are the modules in whose place was something else than ReLU, which the architecture without SUGAR computes.
     """
+    configs = [config for config in map(SavedConfig, filter(_is_of_timm, model.modules())) if config.sugar]
     concerned = [
         config
-        for config in saved_configs(model)
+        for config in configs
         if config.is_of_sugar or any(one is other for one in config.sugar.values() for other in new)
     ]
     for config in concerned:
@@ -81,8 +78,7 @@ def _as_json(module: SUGAR) -> dict[str, Any]:
     return {"surrogate": surrogate.name, **surrogate.parameters}
 
 
-def _arguments_of(arguments: dict[str, Any]) -> set[str]:
-    """Names of the arguments that choose surrogates."""
-    chosen = arguments.get("surrogate")
-    own = get_surrogate(chosen).parameters if isinstance(chosen, str) and chosen in list_surrogates() else {}
-    return {"surrogate", *built_in_parameters(), *own}
+def parameters_of(surrogate: Any) -> set[str]:
+    """Names that `create_model` takes as parameters of the surrogate, not as arguments of the base."""
+    own = get_surrogate(surrogate).parameters if isinstance(surrogate, str) and surrogate in list_surrogates() else {}
+    return built_in_parameters() | own.keys()

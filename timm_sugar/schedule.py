@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from timm_sugar._places import activation_of, find_places
-from timm_sugar._saved_config import saved_configs, write_configs
+from timm_sugar._saved_config import write_configs
 from timm_sugar.activation import SUGAR
 from timm_sugar.surrogate import Surrogate, get_surrogate
 
@@ -53,7 +53,7 @@ def set_surrogate(model: nn.Module, surrogate: str | Surrogate | None = None, **
         raise TypeError("set_surrogate() needs a surrogate or a parameter, e.g. alpha=0.5")
     for module, chosen in changes:
         module.set_surrogate(chosen)
-    write_configs(model, ())
+    write_configs(model)
     return model
 
 
@@ -97,8 +97,8 @@ class SurrogateSchedule:
         self.updates, self.shape, self.done = updates, shape, 0
         self.parameters = {name: (first, last) for name, (first, last) in parameters.items()}
         self._modules = _modules(model, "SurrogateSchedule")
-        self._configs = [config for config in saved_configs(model) if config.is_of_sugar]
         _changes(self._modules, {name: last for name, (_, last) in self.parameters.items()})  # complains
+        self._configs = write_configs(model)
         self._apply()
 
     def values(self) -> dict[str, float]:

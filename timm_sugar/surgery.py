@@ -15,7 +15,7 @@ from torch import nn
 
 from timm_sugar import _torch
 from timm_sugar._example import call, equal_outputs, inference, watch_example
-from timm_sugar._exchange import Change, New, Renamed, exchange, one_new_for_each_old, rename_in_configs, undo_all
+from timm_sugar._exchange import New, Undoable, exchange, one_new_for_each_old, rename_in_configs, undo_all
 from timm_sugar._places import (
     Place,
     find_leftovers,
@@ -27,13 +27,12 @@ from timm_sugar._places import (
     overwrites_input,
     own_surrogate,
 )
-from timm_sugar._saved_config import SavedConfig, write_configs
+from timm_sugar._saved_config import write_configs
 from timm_sugar._saved_tensors import keep_sharing, share_within, unshare_within
 from timm_sugar.activation import SUGAR, FunctionalSUGAR
 from timm_sugar.surrogate import SAME, Surrogate, get_surrogate
 
 Chosen = str | Surrogate
-Undone = Change | Renamed | SavedConfig
 _RELU = ("ReLU", "relu", "relu_")
 _CALL_WITH_X_ALONE = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _OPTIONS = ("filter_fn", "types", "example", "save_memory")  # of sugarize, what isn't a surrogate's parameter
@@ -130,7 +129,7 @@ def _sugarize(
     example: Any,
     save_memory: bool,
     parameters: dict[str, Any],
-) -> list[Undone]:
+) -> list[Undoable]:
     """What `sugarize` does; returns the changes, in their order."""
     if example is not None:
         _torch.check_examples()
@@ -152,7 +151,7 @@ def _sugarize(
     in_place = {new: place.name for place, new in plan.items() if isinstance(new, nn.Module) and is_in_place(place)}
     expected = None if example is None else _output_of_relu(model, plan, example)
     of_other = [new for place, new in plan.items() if _was_other_than_relu(place)]
-    changes: list[Undone] = [*exchange(plan)]
+    changes: list[Undoable] = [*exchange(plan)]
     try:
         if left:
             warnings.warn(f"sugarize() left activations of {type(model).__name__}: {_listed(left)}", stacklevel=3)

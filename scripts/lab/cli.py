@@ -22,8 +22,6 @@ import yaml
 from safetensors import SafetensorError
 from timm.utils import ParseKwargs
 
-import timm_sugar
-
 # What timm, torch and the file system raise for a user's mistake; anything else is a bug and keeps its traceback.
 _MISTAKES = (
     *(RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError),
@@ -143,13 +141,6 @@ def real(
         return number
 
     return parse
-
-
-def check_checkout() -> None:
-    """Raises UserError if the library is not the one of this checkout, whose files would be taken for this one's."""
-    library, here = Path(timm_sugar.__file__).resolve().parents[1], Path(__file__).resolve().parents[2]
-    if library != here:
-        raise UserError(f"timm_sugar comes from {library}, not from {here}: install it with pip install -e {here}")
 
 
 def say(line: str) -> None:

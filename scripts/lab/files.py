@@ -13,10 +13,19 @@ from typing import TYPE_CHECKING, Any
 import timm
 import torch
 
+import timm_sugar
+from lab.cli import UserError
 from timm_sugar.version import __version__
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+def check_checkout() -> None:
+    """Raises UserError if the library is not the one of this checkout, whose files would be taken for this one's."""
+    library, here = Path(timm_sugar.__file__).resolve().parents[1], Path(__file__).resolve().parents[2]
+    if library != here:
+        raise UserError(f"timm_sugar comes from {library}, not from {here}: install it with pip install -e {here}")
 
 
 def environment(device: str) -> dict[str, str]:

@@ -26,11 +26,11 @@ from timm.models import (
 )
 from torch import nn
 
-from timm_sugar._saved_config import SUFFIX
+from timm_sugar._saved_config import SUFFIX, parameters_of
 from timm_sugar.models import conv2next  # noqa: F401  registers what timm lacks
 from timm_sugar.models._weights import SugarTag, load_tags
 from timm_sugar.surgery import list_activations, resolve_surrogate, sugarize
-from timm_sugar.surrogate import Surrogate, built_in_parameters, get_surrogate, list_surrogates
+from timm_sugar.surrogate import Surrogate, built_in_parameters
 
 # Short names, without the suffix: what users call the architecture.
 ALIASES = {"swin_tiny": "swin_tiny_patch4_window7_224"}
@@ -100,7 +100,7 @@ def _create_entrypoint(name: str, base: str) -> Callable[..., nn.Module]:
             other = {"surrogate", *built_in_parameters()} if surrogate else set()  # it has parameters of its own
             kwargs = {key: value for key, value in tag.model_args.items() if key not in other} | kwargs
         surrogate = kwargs.pop("surrogate", surrogate or "bsilu")
-        parameters = {key: kwargs.pop(key) for key in _parameters_of(surrogate) & kwargs.keys()}
+        parameters = {key: kwargs.pop(key) for key in parameters_of(surrogate) & kwargs.keys()}
         if isinstance(surrogate, Surrogate):
             raise TypeError("create_model takes JSON values: a surrogate's name, and its parameters as arguments")
         resolve_surrogate(surrogate, parameters, "")  # complain before anything is built or downloaded
@@ -125,12 +125,6 @@ def _create_entrypoint(name: str, base: str) -> Callable[..., nn.Module]:
         f"{base} takes."
     )
     return create
-
-
-def _parameters_of(surrogate: Any) -> set[str]:
-    """Names that `create_model` takes as parameters of the surrogate, not as arguments of the base."""
-    own = get_surrogate(surrogate).parameters if isinstance(surrogate, str) and surrogate in list_surrogates() else {}
-    return built_in_parameters() | own.keys()
 
 
 def _is_trained_with_sugar(name: str, cfg: PretrainedCfg) -> bool:

@@ -86,17 +86,14 @@ class TableRun:
             if self.record.exists():  # written since we looked
                 return
             epochs, status = self.settings["epochs"], 0
-            if len(read_summary(self.folder, epochs)) < epochs or not self.is_saved():
+            is_trained = len(read_summary(self.folder, epochs)) >= epochs
+            if not is_trained or (self.table.takes_images and not is_saved(self.folder)):  # which comes after the row
                 status = self.start(options, lock)
                 if status == 130:
                     raise KeyboardInterrupt
                 if status not in (0, STATUS):
                     raise UserError(f"run {self.name} failed (status {status}), see above; then the same again")
             write_atomically(self.record, json.dumps(self.as_row(epochs, failed=status == STATUS), indent=1))
-
-    def is_saved(self) -> bool:
-        """Whether the last save wasn't cut short, which comes after the last row of the summary."""
-        return not self.table.takes_images or is_saved(self.folder)
 
     def start(self, options: Sequence[str], lock: int) -> int:
         """Train in a process of its own; returns its exit status."""
