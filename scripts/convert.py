@@ -53,8 +53,8 @@ class ConversionToInt8(Conversion):
         return super().is_whole(folder) and (not wanted or (folder / INT8).exists())
 
     def has_images(self) -> bool:
-        """Whether there is a folder of training images to calibrate on."""
-        return (Path(self.args.data_dir or "") / "train").is_dir()
+        """Whether there is a folder of images to calibrate on, and a split to score on."""
+        return bool(self.args.val_split) and (Path(self.args.data_dir or "") / "train").is_dir()
 
     def export(self, folder: Path) -> None:
         """Write model-int8.onnx, calibrated on training images; prints its top-1 and latency. Raises UserError."""
@@ -63,9 +63,11 @@ class ConversionToInt8(Conversion):
         command += ["--calibration", str(data), "--output", str(folder / INT8)]
         command += ["--workers", str(self.args.workers)]
         command += ["--original", self.args.checkpoint] if self.args.checkpoint else []
-        if not importlib.util.find_spec("onnxruntime"):
+        if not self.has_images():
+            print("no int8: it needs a --data-dir with train/ to calibrate on, and a --val-split to score on")
+        elif not importlib.util.find_spec("onnxruntime"):
             print('int8 needs `pip install -e ".[deploy]"`, then:', "python scripts/export.py", shlex.join(command))
-        elif self.has_images() and subprocess.run([sys.executable, EXPORT, *command], check=False).returncode:
+        elif subprocess.run([sys.executable, EXPORT, *command], check=False).returncode:
             again = f"python scripts/export.py {shlex.join(command)}"
             raise UserError(f"{folder} is converted, but not to int8, see above; try again with: {again}")
 

@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 import timm_sugar
 from timm_sugar.models import ALIASES, SUFFIX
+from timm_sugar.surgery import other_than_relu
 
 CPU = torch.device("cpu")
 LEAST_IMAGES = 8  # for calibration: some give ranges, others choose the method
@@ -113,7 +114,7 @@ def with_own_activations(args: argparse.Namespace, model: Any) -> nn.Module | No
         own.load_state_dict(model.state_dict())
     except (RuntimeError, TypeError):
         return None
-    return None if {*timm_sugar.list_activations(own).values()} <= {"ReLU", "relu"} else own
+    return own if other_than_relu(own) else None
 
 
 def write(

@@ -36,8 +36,8 @@ from pathlib import Path
 from lab.cli import Parser, UserError, as_options, explained
 from lab.experiments.evidence import DEPTHS, compare, write_pages
 from lab.experiments.pictures import draw_depth, write_picture
-from lab.experiments.rows import collect, locked, read_results
-from lab.experiments.run import Busy, TableRun, start_of
+from lab.experiments.rows import Busy, collect, locked, read_results
+from lab.experiments.run import TableRun, start_of
 from lab.experiments.subset import make_noise, make_subset
 from lab.experiments.table import TABLES, Key, Table, list_tables, load_table
 from lab.experiments.tuning import tuning_of
@@ -208,36 +208,51 @@ def smoke_of(table: Table, patterns: Sequence[str]) -> Table:
     return replace(table, seeds=1, options=options, variants=variants, baseline=baseline, **untuned)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Run the table if one is named, then write pictures and the page."""
-    if args.table:
-        table = load_table(args.table)
-        if table.name in list_tables() and table.folder.resolve() != TABLES and not args.smoke:
-            raise UserError(
-                f"{args.table} has the name of a table of the project, whose rows it would replace: rename it"
-            )
-        with explained(f"--seeds {args.seeds}"):
-            table = replace(table, seeds=args.seeds or table.seeds)
-        args.output = args.output.absolute()
-        if args.smoke:
-            args.output, args.results = args.output / "smoke", args.output / "smoke" / "results"
-            shutil.rmtree(args.output, ignore_errors=True)
-            table, args.only = smoke_of(table, args.only), ["*"]
-        with explained(f"can't write to {args.output} or {args.results}"):
-            args.output.mkdir(parents=True, exist_ok=True)
-            args.results.mkdir(parents=True, exist_ok=True)
-        run_table(table, args)
-        write_picture(table, args.results)
-    else:
-        if not args.results.is_dir():
-            raise UserError(f"--results {args.results}: no such folder")
-        ran = [name for name in list_tables() if (args.results / f"{name}.csv").exists()]
-        for table in map(load_table, ran):
-            write_picture(table, args.results)
-        for name in DEPTHS:
-            if rows := read_rows(args.results / name / "activations.csv"):
-                draw_depth(rows, args.results / name / "activations.png")
+def run_named(args: argparse.Namespace) -> None:
+    """Run the table that is named; write its picture and the pages."""
+    table = load_table(args.table)
+    if table.name in list_tables() and table.folder.resolve() != TABLES and not args.smoke:
+        raise UserError(f"{args.table} has the name of a table of the project, whose rows it would replace: rename it")
+    with explained(f"--seeds {args.seeds}"):
+        table = replace(table, seeds=args.seeds or table.seeds)
+    if args.smoke:
+        shutil.rmtree(args.output, ignore_errors=True)
+        table, args.only = smoke_of(table, args.only), ["*"]
+    with explained(f"can't write to {args.output} or {args.results}"):
+        args.output.mkdir(parents=True, exist_ok=True)
+        args.results.mkdir(parents=True, exist_ok=True)
+    run_table(table, args)
+    write_picture(table, args.results)
     write_pages(args.results)
+
+
+def draw_all(results: Path) -> None:
+    """Write all pictures and pages again, from the numbers."""
+    if not results.is_dir():
+        raise UserError(f"--results {results}: no such folder")
+    for name in list_tables():
+        if (results / f"{name}.csv").exists():
+            write_picture(load_table(name), results)
+    for name in DEPTHS:
+        if rows := read_rows(results / name / "activations.csv"):
+            draw_depth(rows, results / name / "activations.png")
+    write_pages(results)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the table if one is named, else draw what there is."""
+    args.output = args.output.absolute()
+    if not args.table:
+        draw_all(args.results)
+    elif args.smoke:
+        with explained(f"can't write to {args.output}"):
+            args.output.mkdir(parents=True, exist_ok=True)
+        lock, args.output = args.output / "smoke.lock", args.output / "smoke"
+        args.results = args.output / "results"
+        with locked(lock, args.output):  # which begins anew each time
+            run_named(args)
+    else:
+        run_named(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

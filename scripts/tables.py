@@ -25,12 +25,12 @@ from typing import Any
 
 import yaml
 from lab.bench import cost
-from lab.cli import Parser, UserError, as_options, choose_device, explained
+from lab.cli import Parser, UserError, as_options, explained
 from lab.experiments import evidence, outside
-from lab.files import check_checkout, environment, markdown_table, read_rows, write_atomically, write_rows
+from lab.files import check_checkout, markdown_table, read_rows, write_atomically, write_rows
 from lab.release.card import CONFIG, SURROGATES, TWIN, read_results
 from lab.training.options import build_parser
-from lab.training.runs import read_summary
+from lab.training.runs import read_checkpoint, read_summary
 
 from timm_sugar.models._weights import MODEL_CARDS, WEIGHTS
 
@@ -89,6 +89,9 @@ def recipe_row(folder: Path, name: str, data: str = "DATA") -> dict[str, Any]:
         rows = read_summary(folder, int(args["epochs"]))
         if len(rows) < args["epochs"]:
             raise ValueError(f"{len(rows)} of {args['epochs']} epochs are done; finish it with train.py --resume")
+        ran_on = vars(read_checkpoint(folder / "last.pth.tar", None)["args"]).get("environment")
+        if not ran_on:
+            raise ValueError("its checkpoint doesn't say what it ran on: an older version made it")
         for key, default in _SHOWN.items():
             if args.get(key, default) != recipe.get(key, default):
                 raise ValueError(f"its {key} is {args.get(key, default)}, not {recipe.get(key, default)}")
@@ -102,7 +105,7 @@ def recipe_row(folder: Path, name: str, data: str = "DATA") -> dict[str, Any]:
             "seed": args["seed"],
             **{key: f"{float(rows[-1][f'eval_{key}']):.2f}" for key in ("top1", "top5")},
             **{key: f"{float(rows[-1][f'eval_{key}']):.4f}" for key in ("dead_units", "sparsity")},
-            **environment(choose_device(args["device"])),
+            **ran_on,
             "command": f"python scripts/train.py --config scripts/recipes/{name}.yaml {kept} --data-dir {data}",
         }
 

@@ -59,6 +59,11 @@ def list_activations(model: nn.Module, types: Collection[Any] = ()) -> dict[str,
     return {place.name: name_of(place.activation) for place in find_places(model, types)}
 
 
+def other_than_relu(model: nn.Module) -> set[str]:
+    """The types of a model's hidden activations that aren't plain ReLU, SUGAR among them."""
+    return set(list_activations(model).values()) - {*_RELU}
+
+
 def sugarize(
     model: nn.Module,
     surrogate: Chosen | Mapping[str, Chosen] = "bsilu",

@@ -30,7 +30,7 @@ def check_checkout() -> None:
 
 def environment(device: str) -> dict[str, str]:
     """What a measurement ran on: device and versions, as columns of results/*.csv."""
-    versions = {"torch": torch.__version__, "timm": timm.__version__, "timm_sugar": __version__}
+    versions = {"torch": str(torch.__version__), "timm": timm.__version__, "timm_sugar": __version__}
     return {"device": f"{device}, {os.cpu_count()} cores, {platform.machine()}", **versions}
 
 

@@ -273,6 +273,14 @@ def test_int8_of_the_converted_network_is_written_and_scored(
     assert "model-int8.onnx" in capfd.readouterr().out.split("top-1 of 12 images")[1]
 
 
+def test_without_a_validation_split_there_is_no_int8_and_no_failure(
+    original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert convert.main(options(original, tmp_path, "--val-split", "")) == 0
+    assert "no int8: it needs a --data-dir with train/" in capsys.readouterr().out
+    assert (tmp_path / "converted" / "last.pth.tar").exists()
+
+
 def test_a_failed_int8_export_is_a_failure_that_keeps_what_was_converted(
     original: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

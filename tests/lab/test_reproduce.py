@@ -18,7 +18,7 @@ import yaml
 from lab.cli import as_options
 from lab.experiments import evidence
 from lab.experiments.paired import difference, estimate
-from lab.experiments.rows import COLUMNS, done_rows, is_current, key_of, load_rows
+from lab.experiments.rows import COLUMNS, done_rows, is_current, key_of, load_rows, locked
 from lab.experiments.run import TableRun
 from lab.experiments.table import TABLES, Key, Table, list_tables, load_table
 from lab.files import read_rows, write_rows
@@ -419,6 +419,20 @@ def test_smoke_is_small_and_needs_no_data_and_leaves_results_alone(tiny: Path, t
     assert [row["variant"] for row in rows] == ["relu", "sugar-nelu", "more-1", "more-3"]
     assert {(row["seed"], row["train_loss"], row["top1"]) for row in rows} == {("0", "1.0000", "32.0000")}
     assert "## Defined, not run here" in (tmp_path / "o" / "smoke" / "results" / "README.md").read_text()
+
+
+def test_a_second_smoke_leaves_the_first_its_folder(tiny: Path, tmp_path: Path, capsys: Any) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    tiny.write_text(f"script: {script}\n{TINY}")
+    words = [str(tiny), "--smoke", "--output", str(tmp_path / "o")]
+    kept = tmp_path / "o" / "smoke" / "kept"
+    kept.mkdir(parents=True)
+    with locked(tmp_path / "o" / "smoke.lock"):
+        assert f"another process works in {kept.parent}: wait" in error_line(reproduce.main, words, capsys)
+    assert kept.exists()
+    assert reproduce.main(words) == 0
+    assert not kept.exists()
 
 
 def test_a_run_that_fails_ends_with_a_line(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

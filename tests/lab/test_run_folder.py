@@ -64,6 +64,13 @@ def test_the_folder_that_is_named_is_the_one_that_is_used(begun: Path, moved: Pa
     assert (args["output"], args["experiment"]) == (str(moved.parent), "new")
 
 
+def test_a_checkpoint_says_what_it_was_made_on(begun: Path) -> None:
+    ran_on = load_file(begun / "last.pth.tar")["args"].environment
+    assert ran_on.keys() == {"device", "torch", "timm", "timm_sugar"}
+    assert ran_on["device"].startswith("cpu, ")
+    assert ran_on["torch"] == torch.__version__
+
+
 def test_a_relative_path_from_inside_the_folder(moved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(moved)
     assert train.main(["--resume", ".", "--epochs", "2"]) == 0

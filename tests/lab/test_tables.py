@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from lab.bench.cost import COLUMNS
 from lab.cli import UserError
@@ -18,6 +20,7 @@ from staging import MEASURED, VERSIONS, make_folder, train
 import timm_sugar
 
 tables = load_script("tables")
+ELSEWHERE = {"device": "cuda, 16 cores, x86_64", "torch": "2.9.0", "timm": "1.0.26", "timm_sugar": "0.1.5"}
 
 
 @pytest.fixture
@@ -33,7 +36,13 @@ def run(tmp_path: Path) -> Path:
         "0,2.0,2.0,30.0,80.0,0.5,0.25,0.1\n"
         "1,1.0,1.0,61.234,95.678,0.125,0.5,0.1\n"
     )
+    save_checkpoint(folder, environment=ELSEWHERE)
     return folder
+
+
+def save_checkpoint(folder: Path, **settings: Any) -> None:
+    state = {"state_dict": {}, "optimizer": {}, "epoch": 1, "args": argparse.Namespace(**settings)}
+    torch.save(state, folder / "last.pth.tar")
 
 
 def test_pages_show_the_committed_results() -> None:
@@ -92,6 +101,7 @@ def test_a_row_has_the_last_epoch_and_the_command_that_repeats_it(run: Path) -> 
     whole = tables.load_recipe(run.name)["epochs"]
     assert (row["epochs"], row["recipe_epochs"], row["seed"]) == (2, whole, 7)
     assert (row["top1"], row["top5"], row["dead_units"], row["sparsity"]) == ("61.23", "95.68", "0.1250", "0.5000")
+    assert ELSEWHERE.items() <= row.items(), "what the run ran on, not this machine"
     changes = "--epochs=2 --amp --batch-size=64 --opt-kwargs foreach=False --seed=7 --data-dir DATA"
     assert row["command"].endswith(f"resnet18_cifar10.yaml {changes}")
     assert f"| 2 of {whole} | 61.23 | 12.50 | 50.00 |" in tables.table({"resnet18_cifar10": row})
@@ -128,6 +138,11 @@ def test_a_run_of_something_else_is_refused(settings: dict[str, Any], message: s
     file = run / "args.yaml"
     file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | settings))
     assert message in error_line(tables.main, [str(run)], capsys)
+
+
+def test_a_run_that_does_not_say_what_it_ran_on_is_refused(run: Path, capsys: Any) -> None:
+    save_checkpoint(run)
+    assert "doesn't say what it ran on" in error_line(tables.main, [str(run)], capsys)
 
 
 def test_a_run_without_validation_or_settings_is_refused(run: Path, capsys: Any) -> None:

@@ -29,7 +29,7 @@ from torch import nn
 from timm_sugar._saved_config import SUFFIX, parameters_of
 from timm_sugar.models import conv2next  # noqa: F401  registers what timm lacks
 from timm_sugar.models._weights import SugarTag, load_tags
-from timm_sugar.surgery import list_activations, resolve_surrogate, sugarize
+from timm_sugar.surgery import other_than_relu, resolve_surrogate, sugarize
 from timm_sugar.surrogate import Surrogate, built_in_parameters
 
 # Short names, without the suffix: what users call the architecture.
@@ -107,7 +107,7 @@ def _create_entrypoint(name: str, base: str) -> Callable[..., nn.Module]:
         if pretrained and tag and (cfg.file, cfg.hf_hub_id) == (tag.cfg.file, tag.cfg.hf_hub_id):
             cfg = replace(cfg, file=tag.fetch(kwargs.get("cache_dir")))
         model = model_entrypoint(base)(pretrained=pretrained, pretrained_cfg=cfg, **kwargs)
-        trained_with = sorted(set(list_activations(model).values()) - {"ReLU", "relu"})
+        trained_with = sorted(other_than_relu(model))
         save_memory = save_memory and not kwargs.get("features_only", False)  # features belong to the caller
         sugarize(model, surrogate, save_memory=save_memory, **parameters)
         if pretrained and trained_with and not _is_trained_with_sugar(name, cfg):

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from lab.cli import explained
+from lab.cli import UserError, explained
 from lab.experiments.table import Key, Table, rate
 from lab.experiments.tuning import tuning_of
 from lab.files import read_rows, write_rows
@@ -109,12 +109,22 @@ def done_epochs(table: Table, results: Path) -> list[dict[str, str]]:
     return [row for row in load_rows(table, results, True) if key_of(row) in wanted]
 
 
+class Busy(UserError):
+    """Another process works there."""
+
+
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Wait until no other process holds this file, then hold it."""
+def locked(path: Path, place: Path | None = None) -> Iterator[int]:
+    """Hold a file, whose descriptor is the value, as long as we or a process that we give it to live.
+
+    Waits until no other process holds it, or with the `place` that it stands for raises Busy.
+    """
     with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if place else 0))
+        except BlockingIOError:
+            raise Busy(f"another process works in {place}: wait for it or end it") from None
+        yield file.fileno()
 
 
 def collect(table: Table, results: Path, records: list[dict[str, Any]], lock: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import subprocess
@@ -15,7 +14,7 @@ from typing import Any
 import yaml
 
 from lab.cli import UserError, as_options, choose_device, explained
-from lab.experiments.rows import COLUMNS, CURVES, is_current, key_of, modern, status_of, where
+from lab.experiments.rows import COLUMNS, CURVES, Busy, is_current, key_of, locked, modern, status_of, where
 from lab.experiments.table import TABLES, Key, Table, load_table, rate
 from lab.files import environment, read_rows, write_atomically
 from lab.training.divergence import STATUS
@@ -23,10 +22,6 @@ from lab.training.runs import START, is_saved, read_summary
 
 SCRIPTS = Path(__file__).resolve().parents[2]
 METRICS = ("top1", "top5", "dead_units", "sparsity")
-
-
-class Busy(UserError):
-    """Another process works on the run."""
 
 
 class TableRun:
@@ -62,12 +57,8 @@ class TableRun:
     def locked(self) -> Iterator[int]:
         """Keep other processes out of the run for as long as we or the process that trains live: a file descriptor."""
         self.record.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.record.with_name(f"{self.name}.lock"), "w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Busy(f"another process works in {self.folder}: wait for it or end it") from None
-            yield file.fileno()
+        with locked(self.record.with_name(f"{self.name}.lock"), self.folder) as file:
+            yield file
 
     def is_busy(self) -> bool:
         """Whether another process works on the run."""

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import TemplateError
 
 from lab.cli import explained
+from lab.files import read_rows
 from lab.training.runs import DAMAGE
 from timm_sugar.models._weights import ORG, WEIGHTS
 from timm_sugar.models.sugar import ALIASES, SUFFIX
@@ -60,8 +61,8 @@ DATASETS = {
 
 def read_results(folder: Path) -> list[dict[str, str]]:
     """The measurements of a folder; the first row is that of its weights. Raises UserError if there are none."""
-    with explained(f"can't read {folder / RESULTS}", *ODD), open(folder / RESULTS, newline="") as file:
-        rows = list(csv.DictReader(file))
+    with explained(f"can't read {folder / RESULTS}", *ODD):
+        rows = read_rows(folder / RESULTS)
         if not rows:
             raise ValueError("no rows")
     return rows

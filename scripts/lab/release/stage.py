@@ -42,7 +42,7 @@ from lab.training.seal import digest
 from timm_sugar.activation import SUGAR
 from timm_sugar.models._weights import WEIGHTS
 from timm_sugar.models.sugar import ALIASES, SUFFIX
-from timm_sugar.surgery import list_activations
+from timm_sugar.surgery import other_than_relu
 from timm_sugar.surrogate import SAME, built_in_parameters, get_surrogate
 
 FROM_RUN = ("summary.csv", "train.log", "curves.png")
@@ -126,8 +126,7 @@ class TrainedRun:
         for arguments in (of_base, of_base | {"act_layer": "relu"}):
             with suppress(TypeError, RuntimeError), torch.inference_mode():  # it may take no act_layer
                 stock: Any = self.build(ALIASES.get(base, base), arguments)
-                is_relu = set(list_activations(stock).values()) <= {"ReLU", "relu"}
-                if is_relu and torch.equal(stock(image), model(image)):
+                if not other_than_relu(stock) and torch.equal(stock(image), model(image)):
                     return stock
         return model
 
@@ -201,7 +200,7 @@ def _check_is_twin(name: str, run: TrainedRun) -> None:
         raise UserError(f"{run.folder} trained {trained}, not {base}")
     model = run.build(trained, run.settings["model_kwargs"])
     sugar = [module for module in model.modules() if isinstance(module, SUGAR)]
-    kinds = {*list_activations(model).values()} - {"ReLU", "relu", *(["SUGAR"] if sugar else [])}
+    kinds = other_than_relu(model) - ({"SUGAR"} if sugar else set())
     others = kinds | {repr(module) for module in sugar} - {repr(SUGAR(surrogate="relu"))}
     if others:
         raise UserError(f"{run.folder} is no network of ReLU and its gradient: there is {', '.join(sorted(others))}")

@@ -25,8 +25,9 @@ from lab.training.run import Run
 from lab.training.runs import ORIGINAL, START
 from lab.training.seal import digest
 from lab.training.setup import build_model
-from timm_sugar import SUGAR, list_activations
+from timm_sugar import SUGAR
 from timm_sugar.models import SUFFIX
+from timm_sugar.surgery import other_than_relu
 
 ORDERS = ("all", "input", "output")
 
@@ -143,7 +144,7 @@ class Conversion(Run):
         original = argparse.Namespace(**{**vars(self.args), "model": self.args.original, "model_kwargs": own})
         self.teacher = build_model(original).eval().requires_grad_(False).to(self.device)
         self.args.teacher = digest({"state_dict": self.teacher.state_dict()}, {})
-        if {*list_activations(self.teacher).values()} <= {"ReLU", "relu"}:
+        if not other_than_relu(self.teacher):
             raise UserError(f"{self.args.original} has no activations but ReLU: there is nothing to convert")
         self.blend: Blend | None = None
         return build_model(self.args)

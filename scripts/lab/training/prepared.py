@@ -18,6 +18,7 @@ from timm.utils import NativeScaler, init_distributed_device, unwrap_model
 
 import timm_sugar  # noqa: F401  registers the models
 from lab.cli import UserError, explained
+from lab.files import environment
 from lab.training.folder import RunFolder
 from lab.training.runs import (
     DAMAGE,
@@ -124,6 +125,7 @@ class Prepared:
         settings = {key: value for key, value in vars(self.args).items() if key != "given"}
         settings["model_kwargs"] = self.args.model_kwargs | values_in_force(self.surrogate_schedules)
         settings["all_epochs"] = self.epochs  # those of warm-up and cool-down that a schedule adds, too
+        settings["environment"] = environment(self.device.type)
         return argparse.Namespace(**settings)
 
     def prepare_task(self) -> None:
