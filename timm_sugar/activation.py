@@ -72,7 +72,7 @@ def relu_gradient() -> Iterator[None]:
     before each `yield`.
 
     Compiled functions run uncompiled inside, unless another stance of the compiler is set there; what was compiled
-    ahead of time or exported keeps its gradient. A checkpoint needs use_reentrant=False: a reentrant one runs the
+    ahead of time keeps its gradient. A checkpoint needs use_reentrant=False: a reentrant one runs the
     forward pass anew in a thread of autograd's.
 
     Raises:
@@ -177,6 +177,7 @@ class SUGAR(nn.Module):
         known = known_surrogate(self.surrogate, state.get("formula", ""))
         if given is not None and known.formula != self.formula:
             vars(self)["_values"] = [given.get(key, value) for key, value in known.parameters.items()]
+            vars(self)["run_time"] = self.run_time and _run_time(known, self._values)
         self.formula = known.formula
 
     def __getstate__(self) -> dict[str, Any]:
@@ -200,10 +201,12 @@ class SUGAR(nn.Module):
         chosen = get_surrogate(surrogate, **parameters)
         for key in chosen.parameters:  # an attribute of the activation before, which would hide the parameter
             vars(self).pop(key, None)
-        run_time = RunTimeValues(chosen.values) if chosen.values and takes_tensors(chosen) else None
         vars(self).update(
-            surrogate=chosen.name, _values=chosen.values, formula=chosen.formula, run_time=run_time
-        )  # a new list: a backward pass has the values of its forward pass
+            surrogate=chosen.name,
+            _values=chosen.values,  # a new list: a backward pass has the values of its forward pass
+            formula=chosen.formula,
+            run_time=_run_time(chosen, chosen.values),
+        )
 
     def _parameters_by_name(self) -> dict[str, float]:
         """Names and values of the surrogate's parameters, if it is known and the module is complete."""
@@ -251,6 +254,11 @@ class SUGAR(nn.Module):
     def extra_repr(self) -> str:
         parameters = self._parameters_by_name().items()
         return ", ".join([f"surrogate={self.surrogate!r}", *(f"{key}={value:g}" for key, value in parameters)])
+
+
+def _run_time(surrogate: Surrogate, values: list[float]) -> RunTimeValues | None:
+    """Values that compiled code takes when it runs; None for a formula that takes none, or numbers alone."""
+    return RunTimeValues(values) if values and takes_tensors(surrogate) else None
 
 
 class FunctionalSUGAR(SUGAR):

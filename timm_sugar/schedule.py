@@ -25,7 +25,8 @@ def set_surrogate(model: nn.Module, surrogate: str | Surrogate | None = None, **
     """Exchange the surrogate of a model's SUGAR modules, or values of its parameters, in place.
 
     Holds from the next forward pass on. Nothing is compiled in eager mode; under torch.compile the model is compiled
-    once more at the first call, and then for another surrogate only.
+    once more at the first call, and then for another surrogate only. A checkpoint around compiled code, or a reentrant
+    one, repeats the forward pass with what holds by then: change nothing between its forward and backward pass.
 
     Args:
         model: any module with SUGAR in it, also a compiled or wrapped one.

@@ -160,3 +160,20 @@ def test_a_module_keeps_the_order_of_its_parameters_and_takes_the_new_formula_wh
 def test_a_surrogate_that_was_not_registered_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'bsilu' is not registered: register_surrogate\(\) does it"):
         sugar(X, Surrogate("bsilu", torch.sigmoid))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_pickle_of_a_process_with_another_order_of_the_parameters(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(old)
+    module = SUGAR(surrogate="mine")
+    module.set_surrogate(a=3.0, b=0.25)
+    content = pickle.dumps(module)
+    for name in ("_surrogates", "_known"):  # as in another process
+        registry = {key: one for key, one in getattr(surrogate_module, name).items() if "mine" not in key}
+        monkeypatch.setattr(surrogate_module, name, registry)
+    register(new)
+    loaded = pickle.loads(content)
+    call = torch.compile(loaded, backend="aot_eager", fullgraph=True) if compiled else loaded
+    torch.testing.assert_close(gradient(call), new(X, 0.25, 3.0))

@@ -16,6 +16,7 @@ import torch
 from fgi import SETTINGS, slope
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
 
 from timm_sugar import SUGAR, SurrogateSchedule, _compiled, _torch, register_surrogate, set_surrogate, sugar
 from timm_sugar import surrogate as surrogate_module
@@ -210,6 +211,19 @@ def test_compiled_backward_pass_has_the_values_of_its_forward_pass(graphs: Calla
     y = compiled(x)
     set_surrogate(module, alpha=0.2)
     torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], slope(x, alpha=1.0), **EXACT)
+
+
+@pytest.mark.parametrize("compiled", ["not at all", "around the checkpoint"])
+def test_a_checkpoint_has_the_values_of_the_forward_pass(compiled: str) -> None:
+    module = SUGAR(surrogate="nelu")
+    module.set_surrogate(alpha=0.5)
+    call = functools.partial(checkpoint, module, use_reentrant=False)
+    if compiled == "around the checkpoint":
+        call = torch.compile(call, backend="aot_eager", fullgraph=True)
+    x = torch.tensor([-2.0, -1.0, 1.0], dtype=torch.float64, requires_grad=True)
+    y = call(x)
+    module.set_surrogate("bsilu", alpha=2.0)
+    torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], slope(x.detach(), "nelu", alpha=0.5))
 
 
 def test_transforms_of_and_in_compiled_code_take_the_values_too(graphs: Callable[[], int]) -> None:
