@@ -11,6 +11,8 @@ a tensor through a SUGAR unit. surrogate-NAME-light.svg and surrogate-NAME-dark.
 
 from __future__ import annotations
 
+import argparse
+import io
 import itertools
 import sys
 from collections.abc import Callable, Sequence
@@ -22,8 +24,8 @@ import matplotlib
 import torch
 from lab.bench.cost import MACHINE, Row, of_default
 from lab.bench.cost import TITLES as VARIANTS
-from lab.cli import Parser
-from lab.files import read_rows
+from lab.cli import Parser, explained
+from lab.files import read_rows, write_atomically
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -223,23 +225,25 @@ PICTURES: dict[str, Callable[[Theme], Figure]] = {"surrogates": draw, "cost": dr
 PICTURES |= {f"surrogate-{name}": partial(draw_surrogate, surrogate=name) for name in list_surrogates()}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns 0. A user's mistake exits with status 2 and one line on stderr."""
-    parser = Parser("figures.py", description=__doc__)
-    parser.add_argument("--output", default="figures", metavar="DIR", help="(default: %(default)s)")
-    parser.add_argument("--format", default="svg", choices=("svg", "png"), help="(default: %(default)s)")
-    args = parser.parse_args(argv)
-    try:
-        Path(args.output).mkdir(parents=True, exist_ok=True)
+def run(args: argparse.Namespace) -> None:
+    """Draw them all."""
+    metadata = {"Date": None} if args.format == "svg" else None
+    with explained(f"can't write to {args.output}"):
+        args.output.mkdir(parents=True, exist_ok=True)
         for (picture, draw_picture), (name, theme) in itertools.product(PICTURES.items(), THEMES.items()):
-            path = Path(args.output, f"{picture}-{name}.{args.format}")
+            path, content = args.output / f"{picture}-{name}.{args.format}", io.BytesIO()
             with matplotlib.rc_context({"svg.hashsalt": "timm_sugar", "font.family": "DejaVu Sans"}):
-                metadata = {"Date": None} if args.format == "svg" else None
-                draw_picture(theme).savefig(path, transparent=True, metadata=metadata, dpi=150)
+                draw_picture(theme).savefig(content, format=args.format, transparent=True, metadata=metadata, dpi=150)
+            write_atomically(path, content.getvalue())
             print(path)
-    except OSError as error:
-        parser.error(f"can't write to {args.output}: {error.strerror or error}")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns 0, or 130 after Ctrl-C. A user's mistake exits with status 2 and one line on stderr."""
+    parser = Parser("figures.py", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("figures"), metavar="DIR", help="(default: %(default)s)")
+    parser.add_argument("--format", default="svg", choices=("svg", "png"), help="(default: %(default)s)")
+    return parser.run(run, argv)
 
 
 if __name__ == "__main__":

@@ -11,20 +11,35 @@ class, drawn with the seed, is its validation split. DATA stays as it is, and is
 from __future__ import annotations
 
 import argparse
+import os
 import random
-import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from lab.cli import Parser, UserError, explained
 from lab.training.data import DataError, split_folder
 from lab.training.groups import SEED, x
+from timm.data import is_img_extension
 
 
 def choose(names: Sequence[str], share: float, seed: str) -> set[str]:
     """The given share (0..1) of the names, rounded, drawn with the seed whatever their order."""
     return set(random.Random(seed).sample(sorted(names), round(share * len(names))))
+
+
+def images_by_class(source: Path) -> dict[Path, list[Path]]:
+    """The images that timm finds in a split, by the folder that is their class. Raises DataError if there is none."""
+    found: dict[Path, list[Path]] = {}
+    for folder, below, files in os.walk(source, followlinks=True):
+        images = [Path(folder, name) for name in files if is_img_extension(Path(name).suffix)]
+        if images or not below:
+            found[Path(folder)] = images
+    found.pop(source, None)
+    if not found:
+        raise DataError(f"no class folders in {source}")
+    return found
 
 
 def link_splits(data: Path, out: Path, share: float, seed: int) -> dict[str, int]:
@@ -37,25 +52,22 @@ def link_splits(data: Path, out: Path, share: float, seed: int) -> dict[str, int
     if data.resolve() in out.resolve().parents:
         raise UserError(f"output folder {out} is inside of {data}, which stays as it is: choose another")
     counts = {"train": 0, "validation": 0}
-    try:
-        for folder in sorted(path for path in source.iterdir() if path.is_dir()):
-            images = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
-            held_out = choose(list(images), share, f"{seed}/{folder.name}")
+    classes = images_by_class(source)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix="tmp-") as temporary:
+        partial = Path(temporary, out.name)
+        for folder, images in classes.items():
+            name = folder.relative_to(source)
+            held_out = choose([image.name for image in images], share, f"{seed}/{name}")
             if not 0 < len(held_out) < len(images):
-                raise DataError(
-                    f"class {folder.name} has {len(images)} images: a share of {share:g} leaves a split empty"
-                )
-            for name, image in images.items():
-                split = "validation" if name in held_out else "train"
-                link = out / split / folder.name / name
+                raise DataError(f"class {name} has {len(images)} images: a share of {share:g} leaves a split empty")
+            for image in images:
+                split = "validation" if image.name in held_out else "train"
+                link = partial / split / name / image.name
                 link.parent.mkdir(parents=True, exist_ok=True)
                 link.symlink_to(image.resolve())
                 counts[split] += 1
-        if not counts["train"]:
-            raise DataError(f"no class folders in {source}")
-    except BaseException:
-        shutil.rmtree(out, ignore_errors=True)
-        raise
+        os.replace(partial, out)
     return counts
 
 

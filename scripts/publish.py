@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi
-from lab.cli import Parser, UserError, explained, whole
+from lab.cli import Parser, UserError, as_options, explained, whole
 from lab.files import environment, write_atomically
 from lab.release.card import CARD, CONFIG, card
 from lab.release.checks import LARGEST_IMAGE, check
@@ -57,11 +57,25 @@ def evaluate(data: str | None, *options: str) -> dict[str, Any]:
 
 def labels_of(run: TrainedRun, data: str | None) -> list[str]:
     """Names of the classes of a run's data, in the order of its outputs. Raises UserError if these have none."""
-    split = open_dataset(run.settings["dataset"], data, run.settings["val_split"], class_map=run.settings["class_map"])
-    classes = class_to_idx(split)
+    classes = class_to_idx(open_split(run, data))
     if not classes:
         raise UserError("the data set doesn't name its classes: give --data-dir and a folder of images")
     return [str(label) for label, _ in sorted(classes.items(), key=lambda item: item[1])]
+
+
+def open_split(run: TrainedRun, data: str | None) -> Any:
+    """The images that a run is scored on. Raises DataError."""
+    options = {name: run.settings[name] for name in ("class_map", "input_key", "target_key")}
+    return open_dataset(run.settings["dataset"], data, run.settings["val_split"] or "validation", **options)
+
+
+def options_of(run: TrainedRun) -> list[str]:
+    """The same images as options of scripts/evaluate.py and export.py, but for where they lie."""
+    settings = run.settings
+    split = settings["val_split"]
+    named = {"split": "" if split == "validation" else split}
+    named |= {name: settings[name] for name in ("dataset", "class_map", "input_key", "target_key")}
+    return [word for name, value in named.items() if value for word in as_options(name, value)]
 
 
 def stage_run(args: argparse.Namespace) -> None:
@@ -71,14 +85,16 @@ def stage_run(args: argparse.Namespace) -> None:
     data = args.data_dir or run.settings["data_dir"]
     labels = labels_of(run, data)
     source = name if args.org == ORG else f"hf-hub:{args.org}/{name}"  # only the project's tags are registered
-    again = f"python scripts/evaluate.py --model {source} --data-dir DATA --activations"
+    options = options_of(run)
+    words = [f"--class-map={Path(word).name}" if word.startswith("--class-map=") else word for word in options]
+    again = " ".join(["python scripts/evaluate.py", "--model", source, "--data-dir DATA --activations", *words])
     stage(
         run,
         args.models / name,
         licence=args.license,
         labels=labels,
         about={"org": args.org, "dataset": args.dataset, "notes": args.note},
-        measure=lambda folder: {**evaluate(data, "--checkpoint", str(folder)), "command": again},
+        measure=lambda folder: {**evaluate(data, "--checkpoint", str(folder), *options), "command": again},
     )
     print(f"{args.models / name} is ready: look at its {CARD}, then put it on the Hub with scripts/publish.py push")
     write_cards(args)
@@ -108,14 +124,14 @@ def measure_int8(args: argparse.Namespace) -> None:
     check_is_of(folder, run)
     check_original(run, Path(settings["checkpoint"]))
     data = Path(args.data_dir or settings["data_dir"])
-    images = sum(1 for path in (data / "validation").glob("*/*"))
-    if not (data / "train").is_dir() or not images:
-        raise UserError(f"{data} needs train/ to calibrate on and validation/ to score: give --data-dir")
+    if not (data / "train").is_dir():
+        raise UserError(f"{data} needs train/ to calibrate on, and a split to score on: give --data-dir")
+    images = len(open_split(run, str(data)))
     with tempfile.TemporaryDirectory() as temporary:
         net, results = Path(temporary, "net.onnx"), Path(temporary, "results.json")
         command = [sys.executable, str(EXPORT), "--format", "onnx-int8", "--images", str(images), "--output", str(net)]
         command += ["--checkpoint", str(folder), "--original", settings["checkpoint"], "--calibration", str(data)]
-        command += ["--data-dir", str(data), "--results-file", str(results)]
+        command += ["--data-dir", str(data), "--results-file", str(results), *options_of(run)]
         if subprocess.run(command, check=False).returncode:
             raise UserError("the export failed, see above")
         measured = json.loads(results.read_text())

@@ -22,9 +22,10 @@ import timm.data
 import timm.models
 import timm.optim
 import torch
-from lab.cli import Parser
+from lab.cli import Parser, UserError, explained
+from lab.files import save_figure
+from lab.training.groups import SEED, n
 from PIL import Image
-from safetensors import SafetensorError
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -45,9 +46,9 @@ def build_parser() -> Parser:
     """All options."""
     parser = Parser("quickstart.py", description=__doc__)
     add = parser.add_argument
-    add("--epochs", type=int, default=2, metavar="N", help="passes over the training images (default: %(default)s)")
+    add("--epochs", **n(1, default=2), help="passes over the training images (default: %(default)s)")
     add("--surrogate", default="bsilu", metavar="NAME", help="whose derivative ReLU borrows (default: %(default)s)")
-    add("--seed", type=int, default=42, metavar="N", help="(default: %(default)s)")
+    add("--seed", type=SEED, default=42, metavar="N", help="(default: %(default)s)")
     add("--output", default="output/quickstart", metavar="DIR", help="overwritten (default: %(default)s)")
     return parser
 
@@ -56,7 +57,8 @@ def build(args: argparse.Namespace, pretrained: bool) -> nn.Module:
     """The model with a new classifier for ten digits, its other weights those of the tag or random as well."""
     torch.manual_seed(args.seed)
     name = f"{NAME}.{TAG}" if pretrained else NAME
-    return timm.create_model(name, pretrained=pretrained, num_classes=10, in_chans=1, surrogate=args.surrogate)
+    with explained(f"can't load {name}"):
+        return timm.create_model(name, pretrained=pretrained, num_classes=10, in_chans=1, surrogate=args.surrogate)
 
 
 def load_images(data_config: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -131,15 +133,19 @@ def draw(images: Tensor, labels: Tensor, predictions: Tensor, path: Path) -> Non
         axes.imshow(images[i, 0].numpy(), cmap="gray_r")
         axes.set_title(title, color="black" if right else "crimson", fontsize=11)
         axes.axis("off")
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path)
 
 
 def run(args: argparse.Namespace) -> None:
     """Train twice, from random weights and from the tag's; save the latter, load it back, and tell what is where."""
     start = time.time()
     torch.set_num_threads(1)  # the same numbers on any count of cores; a model this small gains little from more
+    if args.surrogate not in timm_sugar.list_surrogates():
+        known = ", ".join(timm_sugar.list_surrogates())
+        raise UserError(f"argument --surrogate: {args.surrogate!r} is none of {known}")
     output = Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
+    with explained(f"can't write to {output}"):
+        output.mkdir(parents=True, exist_ok=True)
     model = build(args, pretrained=False)
     data_config = timm.data.resolve_data_config(
         {"input_size": (1, SIZE, SIZE), "mean": (0.5,), "std": (0.5,), "crop_pct": 1.0}, model=model
@@ -156,8 +162,9 @@ def run(args: argparse.Namespace) -> None:
         lines += [f"{name:22}{before}", f"{'  after training':22}{after}"]
 
     folder, picture = output / NAME, output / "predictions.png"
-    save(model, data_config, folder)
-    draw(held_out, truth, predictions, picture)
+    with explained(f"can't write to {output}"):
+        save(model, data_config, folder)
+        draw(held_out, truth, predictions, picture)
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True)
     timm_sugar.to_relu(loaded)
     same = torch.equal(inspect(loaded, held_out, truth)[0], predictions)
@@ -170,19 +177,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns 0, or 130 after Ctrl-C. A user's mistake exits with status 2 and one line on stderr."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    if args.epochs < 1:
-        parser.error(f"argument --epochs: must be at least 1, not {args.epochs}")
-    if args.surrogate not in timm_sugar.list_surrogates():
-        parser.error(f"argument --surrogate: {args.surrogate!r} is none of {', '.join(timm_sugar.list_surrogates())}")
-    try:
-        run(args)
-    except (OSError, SafetensorError) as error:  # the latter if the disk is full
-        parser.error(f"can't write to {args.output}: {getattr(error, 'strerror', None) or error}")
-    except KeyboardInterrupt:
-        return 130
-    return 0
+    return build_parser().run(run, argv)
 
 
 if __name__ == "__main__":

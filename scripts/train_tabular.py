@@ -96,7 +96,7 @@ def evaluate(model: nn.Module, rows: Tensor, labels: Tensor) -> dict[str, float]
 
 def run(args: argparse.Namespace) -> None:
     """Train all epochs and write the folder: summary.csv last, so that a run that has one is whole."""
-    if not args.experiment or Path(args.experiment).name != args.experiment:
+    if args.experiment in ("", "..") or Path(args.experiment).name != args.experiment:
         raise UserError(f"--experiment {args.experiment!r} is no name of a folder in --output")
     torch.manual_seed(args.seed)
     torch.set_num_threads(1)  # the same numbers on any count of cores
@@ -113,6 +113,7 @@ def run(args: argparse.Namespace) -> None:
     folder = Path(args.output, args.experiment)
     with explained(f"can't write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / "summary.csv").unlink(missing_ok=True)  # of the run that is overwritten
         write_atomically(folder / "args.yaml", yaml.safe_dump(vars(args)))
         write_summary(folder, rows)
     print(f"done: {folder}; top1 {rows[-1]['eval_top1']:.2f}, loss {rows[-1]['train_loss']:.4f} in training")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,17 @@ def test_two_models_stand_in_one_table(runs: Path, tmp_path: Path, capsys: pytes
     same = ["--compare", str(runs / "test_resnet"), str(runs / "test_resnet" / "last.pth.tar")]
     assert script.main([*same, *FAST, "--images", "1", "--output", str(tmp_path / "same")]) == 0
     assert len({row["model"] for row in table(tmp_path / "same" / "activations.csv")}) == 2
+
+
+def test_two_folders_of_one_name_stay_two_models(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(runs / "test_resnet", tmp_path / "sub" / "run")
+    shutil.copytree(runs / "test_resnet_sugar", tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    assert script.main(["--compare", "sub/run", "run", *FAST, "--images", "1", "--output", "out"]) == 0
+    assert {row["model"] for row in table(tmp_path / "out" / "activations.csv")} == {"sub/run", "run"}
+    assert "that is one model, not two" in error_line(script.main, ["--compare", "run", "./run", *FAST], capsys)
 
 
 def test_gains_are_those_of_the_chain_rule_and_leave_the_model_as_it_is() -> None:

@@ -199,7 +199,7 @@ def curves(path: Path) -> dict[str, torch.Tensor]:
 
 
 def test_pictures_are_those_that_the_script_draws(tmp_path: Path) -> None:
-    load_script("figures").main(["--output", str(tmp_path)])
+    assert load_script("figures").main(["--output", str(tmp_path)]) == 0
     shown = {"surrogates": CURVES} | {f"surrogate-{name}": {name} for name in timm_sugar.list_surrogates()}
     for (picture, names), theme in itertools.product(shown.items(), THEMES):
         file = f"{picture}-{theme}.svg"

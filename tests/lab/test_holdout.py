@@ -28,6 +28,35 @@ def test_each_class_is_divided_and_no_image_is_in_both_splits(tmp_path: Path) ->
     assert len(create_dataset("", root=str(tmp_path / "out"), split="validation")) == len(held_out)
 
 
+def test_what_is_no_image_is_left_out_and_classes_may_lie_deeper(tmp_path: Path) -> None:
+    """As timm reads the folder: the last folder is the class."""
+    data = make_images(tmp_path / "data", train=10, validation=2)
+    classes = list((data / "train").iterdir())
+    (data / "train" / "group").mkdir()
+    for folder in classes:
+        folder.rename(data / "train" / "group" / folder.name)
+        for name in (".DS_Store", "notes.txt"):
+            (data / "train" / "group" / folder.name / name).write_text("x")
+    assert holdout.main([str(data), str(tmp_path / "out"), "--share", "0.3"]) == 0
+    for split, count in (("train", 7), ("validation", 3)):
+        for folder in classes:
+            assert len(list((tmp_path / "out" / split / "group" / folder.name).iterdir())) == count
+
+
+def test_a_kill_leaves_no_half_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_images(tmp_path / "data", train=10, validation=2)
+    link, seen = Path.symlink_to, []
+
+    def watched(path: Path, target: Path) -> None:
+        link(path, target)
+        seen.append((tmp_path / "out").exists())
+
+    monkeypatch.setattr(Path, "symlink_to", watched)
+    assert holdout.main([str(tmp_path / "data"), str(tmp_path / "out"), "--share", "0.3"]) == 0
+    assert seen == [False] * 30
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data", "out"]
+
+
 def test_the_seed_decides_which(tmp_path: Path) -> None:
     make_images(tmp_path / "data", train=10, validation=2)
     for out, seed in (("a", "1"), ("b", "1"), ("c", "2")):

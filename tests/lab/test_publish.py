@@ -15,7 +15,7 @@ import pytest
 from lab.release.stage import FILES
 from loopback_hub import READ, WRITE, LoopbackHub, Repo
 from PIL import Image
-from scripting import SCRIPTS, error_line, load_script, make_images
+from scripting import CLASSES, SCRIPTS, error_line, load_script, make_images
 from staging import train
 
 from timm_sugar.models._weights import MODEL_CARDS
@@ -72,6 +72,26 @@ def test_staged_folder_has_what_was_measured_of_run_and_twin(root: Path) -> None
     assert "--config train_args.yaml" in card
 
 
+def test_model_is_measured_on_the_images_that_its_run_was(root: Path, tmp_path: Path) -> None:
+    """Those of --val-split, with the classes in the order of --class-map."""
+    make_images(tmp_path / "data")
+    make_images(tmp_path / "more", train=4, validation=7)
+    (tmp_path / "more" / "validation").rename(tmp_path / "data" / "test")
+    (tmp_path / "map.txt").write_text("\n".join(reversed(CLASSES)) + "\n")
+    run = train(tmp_path, "test_resnet_sugar", "--val-split", "test", "--class-map", str(tmp_path / "map.txt"))
+    argv = ["stage", str(run), "--tag", "bsilu_x", "--dataset", "toys", "--models", str(tmp_path / "m"), "--org", "me"]
+    assert publish.main(argv) == 0
+    with open(tmp_path / "m" / NAME / "results.csv") as file:
+        row = next(row for row in csv.DictReader(file) if row["weights"] == "float32")
+    with open(run / "summary.csv") as file:
+        last = list(csv.DictReader(file))[-1]
+    assert row["images"] == "21"
+    assert float(row["loss"]) == pytest.approx(float(last["eval_loss"]), abs=1e-4)
+    assert row["command"].endswith(" --activations --split=test --class-map=map.txt")
+    config = json.loads((tmp_path / "m" / NAME / "config.json").read_text())
+    assert config["label_names"] == [*reversed(CLASSES)]
+
+
 def test_model_and_twin_are_measured_at_the_size_that_stage_was_asked_for(root: Path, tmp_path: Path) -> None:
     models, run, twin = tmp_path / "models", root / "test_resnet_sugar", root / "test_resnet"
     argv = ["stage", str(run), "--tag", "bsilu_x", "--dataset", "toys", "--org", "me", "--img-size", "64"]
@@ -116,7 +136,14 @@ def test_push_twice_from_the_command_line(root: Path, hub: LoopbackHub) -> None:
     assert WRITE not in first.stdout + first.stderr + second.stdout + second.stderr
 
 
-@pytest.mark.parametrize(("token", "message"), [(None, "no token: run `hf auth login`"), (READ, "can only read")])
+@pytest.mark.parametrize(
+    ("token", "message"),
+    [
+        (None, "no token: run `hf auth login`"),
+        (READ, "can only read"),
+        ("hf_secret\x0bsecret", "the token has a character that no token has"),
+    ],
+)
 def test_push_without_a_token_that_may_write_is_one_line(
     token: str | None, message: str, root: Path, hub: LoopbackHub
 ) -> None:
@@ -124,6 +151,7 @@ def test_push_without_a_token_that_may_write_is_one_line(
     assert done.returncode == 2
     assert len(done.stderr.strip().splitlines()) == 1
     assert message in done.stderr
+    assert "secret" not in done.stderr
     assert not hub.repos
 
 

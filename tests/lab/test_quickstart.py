@@ -95,8 +95,10 @@ def test_picture_of_predictions_is_a_readable_png(finished: tuple[Path, str]) ->
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--epochs", "0"], "--epochs: must be at least 1"),
-        (["--epochs", "x"], "--epochs: invalid int value"),
+        (["--epochs", "0"], "--epochs: expected 1 or more, not 0"),
+        (["--epochs", "x"], "--epochs: expected a whole number"),
+        (["--seed", "9" * 20], "--seed: expected 0 to"),
+        (["--seed", "-1"], "--seed: expected 0 to"),
         (["--surrogate", "tanh"], "none of bsilu, elu"),
         (["--output", "taken"], "can't write to taken"),
         (["--nonsense"], "unrecognized arguments: --nonsense"),

@@ -20,7 +20,7 @@ from lab.release.stage import FILES, TrainedRun, describe_labels, stage, statist
 from lab.training.options import build_parser
 from lab.training.runs import read_checkpoint
 from safetensors.torch import load_file, save_file
-from scripting import error_line, load_script
+from scripting import error_line, load_script, make_images
 from staging import MEASURED, SWIN, VERSIONS, make_folder, train
 
 from timm_sugar import list_activations
@@ -289,6 +289,11 @@ def test_a_conversion_says_what_it_and_its_original_do_in_int8(tmp_path: Path, c
     text = (folder / "README.md").read_text()
     assert "its weights began as those of `test_efficientnet`" in text
     assert f"| the original | {scored:.2f} |" in text
+    kept = (folder / "results.csv").read_text()
+    make_images(tmp_path / "less", validation=2)
+    other = ["int8", *publish[:-1], str(tmp_path / "less")]
+    assert f"scored on 6 images, {folder.name} on 12" in error_line(load_script("publish").main, other, capsys)
+    assert (folder / "results.csv").read_text() == kept
     no_conversion = ["int8", folder.name, str(original), "--models", str(models)]
     assert "no conversion of a checkpoint" in error_line(load_script("publish").main, no_conversion, capsys)
     state = read_checkpoint(original / "last.pth.tar", None)

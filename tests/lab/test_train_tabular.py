@@ -69,6 +69,7 @@ def test_a_run_writes_its_settings_and_every_epoch_and_repeats_itself(tmp_path: 
         (["--activation", "gelu", "--model-kwargs", "alpha=1"], "--model-kwargs: "),
         (["--dataset", "mnist"], "invalid choice"),
         (["--experiment", "../outside"], "is no name of a folder in --output"),
+        (["--experiment", ".."], "is no name of a folder in --output"),
         (["--experiment", ""], "is no name of a folder in --output"),
         (["--activation", "gelu", "--model-kwargs", "approximate=foo"], "can't train with these options"),
     ],
@@ -77,3 +78,15 @@ def test_a_mistake_is_one_line(
     options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in error_line(tabular.main, [*options, "--output", str(tmp_path)], capsys)
+
+
+def test_a_run_that_is_overwritten_and_cut_off_is_none_of_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ["--output", str(tmp_path), "--epochs", "1", "--dataset", "iris"]
+    assert tabular.main(options) == 0
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tabular, "write_summary", killed)
+    assert tabular.main([*options, "--seed", "1"]) == 130
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["args.yaml"]

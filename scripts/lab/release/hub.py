@@ -43,6 +43,8 @@ def _one_line(repo_id: str) -> Iterator[None]:
             message = f"{repo_id}: the token may not write there; use one with write access to the organisation"
         else:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            if "Bearer" in reason:  # what httpx says of a header that can't be sent, with all that is in it
+                raise UserError("the token has a character that no token has: set it anew") from None
             message = f"{repo_id}: {reason}; run the same command again, it goes on where it stopped"
         raise UserError(message) from error
     except (KeyError, TypeError, AttributeError) as error:  # an answer of another form, e.g. {} or null

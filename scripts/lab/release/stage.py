@@ -186,10 +186,15 @@ def add_twin(folder: Path, run: TrainedRun, measure: Callable[[], dict[str, Any]
     _check_is_twin(folder.name.partition(".")[0], run)
     rows: list[dict[str, Any]] = [row for row in read_results(folder) if row["weights"] != TWIN]
     measured = measure()
-    if str(measured["images"]) != rows[0]["images"]:
-        raise UserError(f"{run.folder} was scored on {measured['images']} images, {folder.name} on {rows[0]['images']}")
+    _check_count(folder, rows, measured["images"])
     write_results(folder, [*rows, {"weights": TWIN, **measured}])
     write_atomically(folder / CARD, card(folder))
+
+
+def _check_count(folder: Path, rows: list[dict[str, Any]], images: int) -> None:
+    """Raises UserError for another count of images than the rows of a folder are of."""
+    if str(images) != rows[0]["images"]:
+        raise UserError(f"this was scored on {images} images, {folder.name} on {rows[0]['images']}: give --data-dir")
 
 
 def _check_is_twin(name: str, run: TrainedRun) -> None:
@@ -232,6 +237,8 @@ def add_int8(folder: Path, measured: dict[str, Any], row: dict[str, Any]) -> Non
         folder: of a converted network.
         measured: the content of its `--results-file`.
         row: versions and command, which the three new rows have in common.
+
+    Raises UserError, with nothing changed, if other images were scored than for the folder's rows.
     """
     own, latency = measured["original"], measured["latency"]
     images, ratio = own["images"], latency["own_to_relu"]
@@ -242,6 +249,7 @@ def add_int8(folder: Path, measured: dict[str, Any], row: dict[str, Any]) -> Non
     ]
     names = {found["weights"] for found in new}
     kept: list[dict[str, Any]] = [found for found in read_results(folder) if found["weights"] not in names]
+    _check_count(folder, kept, images)
     write_results(folder, [*kept, *({**row, **found} for found in new)])
     write_atomically(folder / CARD, card(folder))
 

@@ -143,7 +143,10 @@ def _check_class_folders(dataset: Any) -> None:
     for folder, below, _ in os.walk(reader.root, followlinks=True):
         below[:] = [name for name in below if not name.startswith(".")]
         if not below and folder != str(reader.root) and Path(folder).name not in reader.class_to_idx:
-            raise DataError(f"class folder {folder} has no images: add some, or remove it to train without the class")
+            raise DataError(
+                f"class folder {folder} has no images (.png, .jpg, .jpeg), or isn't in --class-map: add it, or remove "
+                "it to train without the class"
+            )
 
 
 def read_image(stream: Any, mode: str) -> Image.Image:

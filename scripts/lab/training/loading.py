@@ -200,14 +200,16 @@ def each_model(args: argparse.Namespace) -> Iterator[tuple[str, nn.Module, Any]]
     if args.compare and (args.model or args.checkpoint):
         raise UserError("--compare names the models: leave out --model and --checkpoint")
     device = torch.device(choose_device(args.device))
-    names: set[str] = set()
-    for path in args.compare or [args.checkpoint]:
+    paths = args.compare or [args.checkpoint]
+    names = [Path(path).resolve().name if path else "" for path in paths]
+    if len({*names}) < len(names):  # two folders of one name, in different places
+        if len({Path(path).resolve() for path in paths}) < len(paths):
+            raise UserError(f"--compare {' '.join(paths)}: that is one model, not two")
+        names = [str(path) for path in paths]
+    for name, path in zip(names, paths, strict=True):
         one = copy.copy(args)
         one.checkpoint = path
         model, source = load_model(one)
         loader, config = open_loader(one, model, device, args.images)
         print(f"{one.model}: {source}, {config['input_size'][-1]} pixels, {device}", flush=True)
-        name = Path(path).resolve().name if path else one.model
-        name = str(path) if name in names else name
-        names.add(name)
-        yield name, model.to(device), loader
+        yield name or one.model, model.to(device), loader
