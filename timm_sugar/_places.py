@@ -224,7 +224,8 @@ def find_places(model: nn.Module, types: Collection[Any] = ()) -> Iterator[Place
         if isinstance(owner, SUGAR):  # what the activation before it kept has no effect
             continue
         for key, value in vars(owner).items():
-            if is_activation_function(value, types):
+            # A module would be kept elsewhere, where an attribute of the class hides it.
+            if is_activation_function(value, types) and not hasattr(type(owner), key):
                 yield Place(dot + key, value, owner, key)
         if isinstance(owner, torch.fx.GraphModule):
             for node in owner.graph.nodes:
@@ -250,7 +251,8 @@ def find_leftovers(model: nn.Module, types: Collection[Any] = ()) -> dict[str, s
             if getattr(owner, "original_name", "") in {kind.__name__ for kind in _TYPES}:
                 found[prefix] = f"a scripted {owner.original_name}"
             continue
-        found |= _out_of_reach(prefix, owner, replaced, lambda value: _is_either(value, types), _CALLED)
+        if not _is_plain_sugar(owner):  # what the activation before it kept has no effect
+            found |= _out_of_reach(prefix, owner, replaced, lambda value: _is_either(value, types), _CALLED)
         if _is_fused(owner):
             found[prefix] = "fused with its layer: sugarize before fuse_modules"
         elif "RNN" in type(owner).__name__ and getattr(owner, "nonlinearity", None) == "relu":
@@ -307,8 +309,9 @@ def _out_of_reach(
             found[_dotted(prefix, key)] = why
     for kind in _own_types(owner):
         for key, value in vars(kind).items():
+            value = vars(owner).get(key, value)
             value = value.__func__ if isinstance(value, staticmethod) else value
-            reached = key in vars(owner) or key in owner._modules or id(value) in replaced
+            reached = key in owner._modules or (key not in vars(owner) and id(value) in replaced)
             if not reached and (wanted(value) or _why_out_of_reach(value, wanted, ())):
                 found[_dotted(prefix, key)] = "an attribute of the class"
     return found

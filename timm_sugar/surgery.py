@@ -295,6 +295,7 @@ def replace_activations(model: nn.Module, make: Callable[[], nn.Module]) -> Any:
         return new
 
     exchange(one_new_for_each_old(places, made))
+    write_configs(model)
     return model
 
 

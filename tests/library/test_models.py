@@ -358,6 +358,14 @@ def comes_back(model: Any, folder: Path) -> Any:
     return loaded
 
 
+@pytest.mark.parametrize("arguments", [{}, {"surrogate": "elu", "num_classes": 3}])
+def test_surrogates_of_a_tag_come_back_from_a_saved_config(arguments: dict[str, Any], tmp_path: Path) -> None:
+    model = build("mobilenetv3_small_100_sugar.same_cifar10", **arguments)
+    settings = settings_of(model)
+    assert {name for name, _ in settings.values()} == ({"elu"} if arguments else {"relu", "silu"})
+    assert settings_of(comes_back(model, tmp_path)) == settings
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -365,6 +373,7 @@ def comes_back(model: Any, folder: Path) -> Any:
         lambda model: timm_sugar.set_surrogate(model, "relu", gain=1.3),
         lambda model: timm_sugar.SurrogateSchedule(model, alpha=(1.6, 0.1), updates=1).step(),
         lambda model: timm_sugar.sugarize(model, {"layer1.*": "nelu", "*": "same"}),
+        lambda model: timm_sugar.replace_activations(model, lambda: SUGAR(surrogate="nelu")),
         lambda model: model.reset_classifier(7) or timm_sugar.set_surrogate(model, alpha=0.5),
     ],
 )

@@ -234,10 +234,11 @@ def test_transforms_of_and_in_compiled_code_take_the_values_too(graphs: Callable
         torch.testing.assert_close(inside(points()), slope(points(), alpha=alpha), **EXACT)
 
 
-OF_NUMBERS: dict[str, Callable[[float], float]] = {
+OF_NUMBERS: dict[str, Callable[[float], Any]] = {
     "a function of numbers": math.sqrt,
     "a type": lambda a: a if isinstance(a, float) else 7 * a,
     "a key": lambda a: {1.0: 0.25, 4.0: 0.5}.get(a, 2.0),
+    "a fill": lambda a: torch.full((), a, dtype=torch.float64),  # inductor would keep the first one
     "a text": lambda a: {"1.0": 0.25, "4.0": 0.5}.get(f"{a}", 2.0),
 }
 

@@ -1281,6 +1281,30 @@ class ByHand(nn.Module):
     closed = closed_over()
 
 
+def test_an_attribute_that_the_class_has_too_is_left_and_named() -> None:
+    """A module would be registered, and hidden by the attribute of the class."""
+
+    class Block(nn.Module):
+        act: Any = staticmethod(F.relu)
+        other: Any = None
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 4)
+            self.act, self.other, self.own = F.gelu, F.silu, F.relu
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.own(self.other(self.act(self.fc(x))))
+
+    model, x = Block(), torch.randn(3, 4)
+    expected = F.relu(F.silu(F.gelu(model.fc(x))))
+    with pytest.warns(UserWarning, match=r"act \(an attribute of the class\).*other \(an attribute of the class\)"):
+        sugarize(model)
+    assert list(list_activations(model)) == ["own"]
+    assert (model.act, model.other) == (F.gelu, F.silu)
+    torch.testing.assert_close(model(x), expected)
+
+
 @JIT_IS_DEPRECATED
 def test_to_relu_names_the_sugar_that_it_cannot_replace() -> None:
     model = nn.ModuleDict({"h": ByHand(), "scripted": torch.jit.script(nn.Sequential(SUGAR()))})

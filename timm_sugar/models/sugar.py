@@ -98,7 +98,8 @@ def _create_entrypoint(name: str, base: str) -> Callable[..., nn.Module]:
         tag = None if cfg.source else SUGAR_TAGS.get(f"{name}.{cfg.tag}")
         if tag:  # build what the weights were trained as, except for what the caller asks for
             other = {"surrogate", *built_in_parameters()} if surrogate else set()  # it has parameters of its own
-            kwargs = {key: value for key, value in tag.model_args.items() if key not in other} | kwargs
+            arguments = {key: value for key, value in tag.model_args.items() if key not in other}
+            kwargs = arguments | kwargs
         surrogate = kwargs.pop("surrogate", surrogate or "bsilu")
         parameters = {key: kwargs.pop(key) for key in parameters_of(surrogate) & kwargs.keys()}
         if isinstance(surrogate, Surrogate):
@@ -107,6 +108,8 @@ def _create_entrypoint(name: str, base: str) -> Callable[..., nn.Module]:
         if pretrained and tag and (cfg.file, cfg.hf_hub_id) == (tag.cfg.file, tag.cfg.hf_hub_id):
             cfg = replace(cfg, file=tag.fetch(kwargs.get("cache_dir")))
         model = model_entrypoint(base)(pretrained=pretrained, pretrained_cfg=cfg, **kwargs)
+        if tag:  # of which timm knows nothing: it adds what the caller gave, which comes first
+            model._model_args = arguments
         trained_with = sorted(other_than_relu(model))
         save_memory = save_memory and not kwargs.get("features_only", False)  # features belong to the caller
         sugarize(model, surrogate, save_memory=save_memory, **parameters)
