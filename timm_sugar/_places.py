@@ -251,7 +251,7 @@ def find_leftovers(model: nn.Module, types: Collection[Any] = ()) -> dict[str, s
             if getattr(owner, "original_name", "") in {kind.__name__ for kind in _TYPES}:
                 found[prefix] = f"a scripted {owner.original_name}"
             continue
-        if not _is_plain_sugar(owner):  # what the activation before it kept has no effect
+        if id(owner) not in replaced:  # what an activation keeps has no effect on what takes its place
             found |= _out_of_reach(prefix, owner, replaced, lambda value: _is_either(value, types), _CALLED)
         if _is_fused(owner):
             found[prefix] = "fused with its layer: sugarize before fuse_modules"
