@@ -33,6 +33,7 @@ def images_by_class(source: Path) -> dict[Path, list[Path]]:
     """The images that timm finds in a split, by the folder that is their class. Raises DataError if there is none."""
     found: dict[Path, list[Path]] = {}
     for folder, below, files in os.walk(source, followlinks=True):
+        below[:] = [name for name in below if not name.startswith(".")]  # .ipynb_checkpoints
         images = [Path(folder, name) for name in files if is_img_extension(Path(name).suffix)]
         if images or not below:
             found[Path(folder)] = images

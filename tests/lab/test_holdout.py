@@ -35,6 +35,7 @@ def test_what_is_no_image_is_left_out_and_classes_may_lie_deeper(tmp_path: Path)
     (data / "train" / "group").mkdir()
     for folder in classes:
         folder.rename(data / "train" / "group" / folder.name)
+        (data / "train" / "group" / folder.name / ".ipynb_checkpoints").mkdir()
         for name in (".DS_Store", "notes.txt"):
             (data / "train" / "group" / folder.name / name).write_text("x")
     assert holdout.main([str(data), str(tmp_path / "out"), "--share", "0.3"]) == 0
