@@ -304,12 +304,11 @@ def takes_tensors(surrogate: Surrogate) -> bool:
 
 @functools.lru_cache(64)
 def _traced(name: str, formula: str, count: int) -> Any:
-    """What a compiler records of a derivative whose parameters are tensors; None if it can't."""
+    """What a compiler records of a derivative whose parameters are tensors; None if it needs numbers."""
     tensors = [torch.ones((), dtype=torch.float64, device="cpu") for _ in range(count)]
     x = torch.zeros(2, dtype=torch.float64, device="cpu")
     try:
         graph = _torch.trace(known_surrogate(name, formula).derivative, [x, *tensors])
     except Exception:  # they have no value: math.sqrt(alpha), alpha > 1
         return None
-    asks = any(node.target is torch.ops.aten._local_scalar_dense.default for node in graph.graph.nodes)
-    return None if asks else graph  # as torch.full_like does: inductor makes a constant of the answer
+    return None if _torch.asks_for_numbers(graph) else graph

@@ -345,6 +345,11 @@ def trace(function: Any, examples: list[Tensor]) -> Any:
     return graph
 
 
+def asks_for_numbers(graph: torch.fx.GraphModule) -> bool:
+    """Whether a graph takes a number out of a tensor, as torch.full_like does: inductor makes a constant of it."""
+    return any(node.target is torch.ops.aten._local_scalar_dense.default for node in graph.graph.nodes)
+
+
 def compile_graph(graph: Any, examples: list[Any]) -> Any:
     """A graph as compiled code, which is kept on disk under a hash of the graph. Raises what a compiler may raise."""
     options = {"config_patches": {"cpp.dynamic_threads": True}}  # torch.set_num_threads holds for it, too
