@@ -11,7 +11,7 @@ import copy
 import functools
 import inspect
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,8 +153,12 @@ def _surrogate_of_call(function: Any) -> Surrogate:
 
 def activation_of(module: SUGAR) -> Surrogate:
     """The surrogate of a SUGAR module with the values that it has now."""
-    known = known_surrogate(module.surrogate, module.formula)
-    return get_surrogate(known, **dict(zip(known.parameters, module.values, strict=True)))
+    return _with_values(module.surrogate, module.values, module.formula)
+
+
+def _with_values(name: str, values: list[float], formula: str) -> Surrogate:
+    known = known_surrogate(name, formula)
+    return get_surrogate(known, **dict(zip(known.parameters, values, strict=True)))
 
 
 def name_of(activation: Any) -> str:
@@ -182,6 +186,8 @@ class Place:
 
     def with_arguments(self) -> Any:
         """The activation, as a partial where a graph calls a function with further arguments."""
+        if isinstance(self.key, torch.fx.Node) and self.activation in SUGAR_OPERATORS:
+            return functools.partial(sugar, surrogate=_with_values(*self.settings()))  # type: ignore[misc]
         given = {} if self.activation in _METHODS else self.arguments()
         return functools.partial(self.activation, **given) if given else self.activation
 
@@ -301,9 +307,14 @@ def _out_of_reach(
     prefix: str, owner: nn.Module, replaced: set[int], wanted: Callable[[Any], bool], called: Collection[str]
 ) -> dict[str, str]:
     """Wanted activations that a module or its class keeps where they can't be exchanged: {name: why}."""
-    found = {}
+    found: dict[str, str] = {}
+    if _torch.is_compiled_module(owner):  # it keeps functions of what it wraps, which are bound anew
+        return found
     for key, value in vars(owner).items():
         names = {"sugar"} & set(called) if key.startswith("_") else called  # others keep a wrapped forward there
+        if isinstance(value, nn.Module) and wanted(value):
+            found[_dotted(prefix, key)] = "not among the modules"  # set by object.__setattr__
+            continue
         known = key in _of_every_module() or id(value) in replaced
         if not known and (why := _why_out_of_reach(value, wanted, names)):
             found[_dotted(prefix, key)] = why
@@ -312,7 +323,8 @@ def _out_of_reach(
             value = vars(owner).get(key, value)
             value = value.__func__ if isinstance(value, staticmethod) else value
             reached = key in owner._modules or (key not in vars(owner) and id(value) in replaced)
-            if not reached and (wanted(value) or _why_out_of_reach(value, wanted, ())):
+            method = isinstance(value, types.FunctionType)
+            if not reached and (wanted(value) or (not method and _why_out_of_reach(value, wanted, ()))):
                 found[_dotted(prefix, key)] = "an attribute of the class"
     return found
 
@@ -340,7 +352,7 @@ def _is_fused(module: nn.Module) -> bool:
 
 
 def _why_out_of_reach(value: Any, wanted: Callable[[Any], bool], called: Collection[str]) -> str:
-    """What holds an activation without being one: a container, a lambda, a method; empty if nothing of that kind."""
+    """What holds an activation without being one: a container, function, method or partial; empty for others."""
     if any(map(wanted, _inside(value))):
         return f"in a {type(value).__name__}"
     known = (getattr(value, "__module__", "") or "").startswith(("torch.", "timm.layers."))
@@ -351,18 +363,33 @@ def _why_out_of_reach(value: Any, wanted: Callable[[Any], bool], called: Collect
 
 
 def _inside(value: Any, depth: int = 3) -> Iterator[Any]:
-    """What a container holds, and containers in it."""
-    values = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple, set)) else ()
+    """What a container, partial, method or function holds, and what these hold in turn."""
+    values: Iterable[Any] = ()
+    if isinstance(value, dict):
+        values = value.values()
+    elif isinstance(value, (list, tuple, set)):
+        values = value
+    elif isinstance(value, functools.partial):
+        values = [value.func, *value.args, *value.keywords.values()]
+    elif isinstance(value, types.MethodType):
+        values = [value.__self__]
+    elif isinstance(value, types.FunctionType):
+        values = _given(value)
     for one in values:
         yield one
         if depth > 1:
             yield from _inside(one, depth - 1)
 
 
+def _given(function: types.FunctionType) -> list[Any]:
+    """The defaults of a function, and what it reads of the functions around it."""
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    return [*defaults, *inspect.getclosurevars(function).nonlocals.values()]
+
+
 def _calls_sugar(function: types.FunctionType) -> bool:
     """Whether the code of a function names `sugar`, also below another name or inside of an inner function."""
-    given = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-    if any(_is_sugar(value) for value in [*given, *inspect.getclosurevars(function).nonlocals.values()]):
+    if any(map(_is_sugar, _given(function))):
         return True
     codes = [function.__code__]
     while codes:

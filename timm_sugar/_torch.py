@@ -447,9 +447,14 @@ def saved_names(kind: type) -> list[str]:
     return [name for name in dir(kind) if name.startswith("_raw_saved_")]
 
 
+def is_compiled_module(module: torch.nn.Module) -> bool:
+    """Whether `torch.compile` made a module of another one."""
+    return (type(module).__module__, type(module).__name__) == ("torch._dynamo.eval_frame", "OptimizedModule")
+
+
 def rebind_compiled(module: torch.nn.Module) -> None:
     """Let a module of `torch.compile` call what it wraps now; any other is left."""
-    if (type(module).__module__, type(module).__name__) == ("torch._dynamo.eval_frame", "OptimizedModule"):
+    if is_compiled_module(module):
         module.__setstate__(module.__getstate__())  # torch 2.6 to 2.14: binds its forward
 
 

@@ -819,9 +819,16 @@ class Holder(nn.Module):
         self.bound = self.own_method
         self.smooth = Smooth()
         self.act = self.default_act
+        object.__setattr__(self, "beside", self.act)
+        self.of_act, self.in_partial = self.act.forward, functools.partial(apply, act=self.act)
+        self.in_closure = lambda x, act=self.act: act(x)
 
     def own_method(self, x: Tensor) -> Tensor:
         return F.silu(x)
+
+
+def apply(x: Tensor, act: Any) -> Any:
+    return act(x)
 
 
 class Smooth(nn.Module):
@@ -842,10 +849,33 @@ def test_what_is_left_is_named_in_one_warning() -> None:
     text = str(caught[0].message)
     for name in ("in_list", "in_dict", "in_tuple", "in_lambda", "bound", "of_class", "acts_of_class", "smooth"):
         assert f"h.{name} (" in text
+    for name, why in {"beside": "not among the modules", "of_act": "in a method", "in_partial": "in a partial"}.items():
+        assert f"h.{name} ({why})" in text
+    assert "h.in_closure (in a function)" in text
     assert "scripted (a scripted ReLU)" in text
     assert "types=(Smooth,)" in text
     assert "default_act" not in text  # it is the instance that was replaced
     assert type(model["h"].act) is SUGAR
+
+
+def test_sugar_in_a_graph_keeps_its_settings_under_same() -> None:
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return sugar(F.silu(sugar(x, "nelu", alpha=0.3)))
+
+    x = torch.linspace(-3, 3, 50, dtype=torch.float64, requires_grad=True)
+    model = sugarize(torch.fx.symbolic_trace(Net()), "same")
+    (grad,) = torch.autograd.grad(model(x).sum(), x)
+    (expected,) = torch.autograd.grad(sugar(sugar(sugar(x, "nelu", alpha=0.3), "silu")).sum(), x)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_a_compiled_activation_is_replaced_and_nothing_of_it_is_left() -> None:
+    model, x = nn.Sequential(torch.compile(nn.ReLU(), backend="eager")), torch.linspace(-1, 1, 8, requires_grad=True)
+    sugarize(model, "nelu", alpha=0.3)  # a warning is an error here
+    (grad,) = torch.autograd.grad(model(x).sum(), x)
+    (expected,) = torch.autograd.grad(sugar(x, "nelu", alpha=0.3).sum(), x)
+    torch.testing.assert_close(grad, expected)
 
 
 def test_types_of_ones_own_and_subclasses_that_add_nothing_are_replaced() -> None:
@@ -1260,6 +1290,7 @@ class ByHand(nn.Module):
         self.bare = sugar
         self.in_list, self._private, self.nested = [SUGAR()], [SUGAR()], [[SUGAR()]]
         self._function = lambda x: sugar(x)
+        self.of_act = self.act.forward
         self.relus = [nn.ReLU()]  # these are no business of to_relu
 
     def forward(self, x: Tensor) -> Tensor:
@@ -1316,9 +1347,10 @@ def test_to_relu_names_the_sugar_that_it_cannot_replace() -> None:
         *("h.in_list (in a list)", "h.in_class (an attribute of the class)", "scripted (scripted)"),
         *(f"h.{name} (calls sugar())" for name in ("block", "renamed", "default", "value", "closed")),
         *("h._private (in a list)", "h.nested (in a list)", "h._function (called inside a function)"),
+        "h.of_act (in a method)",
     ):
         assert found in text
-    assert text.count("(") - text.count("()") == 11  # and names nothing else
+    assert text.count("(") - text.count("()") == 12  # and names nothing else
     assert {type(act) for act in (model["h"].act, model["h"].function, model["h"].bare)} == {nn.ReLU}
     with pytest.raises(ValueError, match=r"no SUGAR activation below ByHand.*block \(calls sugar\(\)\)"):
         to_relu(model["h"])
