@@ -10,16 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from timm_sugar import _torch
-from timm_sugar._places import Place, find_places, is_in_place
+from timm_sugar._places import NAMED_BY_CONFIGS, Place, find_places, is_in_place
 from timm_sugar.activation import SUGAR
 from timm_sugar.surrogate import get_surrogate, list_surrogates
 
 New = nn.Module | Callable[..., Any]
-# How the configs of transformers name activations that `sugarize` replaces, also behind "gated-".
-_NAMED_BY_CONFIGS = (
-    *("gelu", "gelu_10", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh", "gelu_python_tanh"),
-    *("gelu_accurate", "hardswish", "leaky_relu", "mish", "quick_gelu", "relu6", "silu", "swish"),
-)
 
 
 def one_new_for_each_old(
@@ -103,6 +98,8 @@ class Change:
         if isinstance(owner, nn.TransformerEncoderLayer) and key == "activation":
             is_relu = isinstance(new, (SUGAR, nn.ReLU)) or new is F.relu
             owner.activation_relu_or_gelu = int(is_relu)  # which function the fused inference path computes
+        if isinstance(owner, nn.TransformerDecoderLayer) and key == "activation" and isinstance(new, nn.Module):
+            vars(owner)[key] = new  # its __setstate__ takes F.relu for a copy if nothing is here
 
     def undo(self) -> None:
         """Put the old activation back."""
@@ -135,28 +132,33 @@ class Renamed:
         setattr(self.config, self.key, self.old)
 
 
+def has_config(module: nn.Module) -> bool:
+    """Whether a module holds a config of transformers."""
+    return hasattr(type(vars(module).get("config")), "save_pretrained")
+
+
 def rename_in_configs(model: nn.Module, left: Collection[str], types: Collection[Any] = ()) -> list[Renamed]:
     """Let configs of transformers name ReLU, so that `from_pretrained` returns what `save_pretrained` saved.
 
     A config stays as it is where an activation below the modules that hold it isn't SUGAR; `left` names those that
-    `sugarize` can't replace.
+    `sugarize` can't replace. So does one that only a part of a model holds, which can't be saved by itself.
     """
-    held = [(name, vars(module).get("config")) for name, module in model.named_modules()]
-    held = [(name, config) for name, config in held if hasattr(type(config), "save_pretrained")]
+    held = [(name, vars(module)["config"]) for name, module in model.named_modules() if has_config(module)]
     if not held:
         return []
     kept = [*left, *(place.name for place in find_places(model, types) if place.settings() is None)]
     partial = {
         id(config) for prefix, config in held if any(not prefix or f"{name}.".startswith(f"{prefix}.") for name in kept)
     }
+    whole = [f"{name}." if name else "" for name, module in model.named_modules() if hasattr(module, "save_pretrained")]
     return [
         Renamed(config, key, value)
-        for config in {id(config): config for _, config in held}.values()
+        for config in {id(config): config for name, config in held if f"{name}.".startswith(tuple(whole))}.values()
         if id(config) not in partial
         for key, value in list(vars(config).items())
         if ("act" in key or key in ("feed_forward_proj", "nonlinearity"))
         and isinstance(value, str)
-        and value.removeprefix("gated-") in _NAMED_BY_CONFIGS
+        and value.removeprefix("gated-") in NAMED_BY_CONFIGS
     ]
 
 

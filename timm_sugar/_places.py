@@ -59,6 +59,11 @@ _BY_NAME = {  # by module and name
     **dict.fromkeys(("efficientnet_pytorch.utils.Swish", "efficientnet_pytorch.utils.MemoryEfficientSwish"), "silu"),
     **dict.fromkeys(("mmcv.cnn.bricks.swish.Swish", "mmcv.cnn.bricks.hswish.HSwish"), "silu"),
 }
+# How the configs of transformers name activations that `sugarize` replaces, also behind "gated-".
+NAMED_BY_CONFIGS = (
+    *("gelu", "gelu_10", "gelu_fast", "gelu_new", "gelu_python", "gelu_pytorch_tanh", "gelu_python_tanh"),
+    *("gelu_accurate", "hardswish", "leaky_relu", "mish", "quick_gelu", "relu6", "silu", "swish"),
+)
 # SUGAR as torch.fx records it.
 SUGAR_OPERATORS = (torch.ops.timm_sugar.relu, torch.ops.timm_sugar.relu.default)
 _METHODS = ("relu", "relu_")  # of a tensor
@@ -225,7 +230,7 @@ def find_places(model: nn.Module, types: Collection[Any] = ()) -> Iterator[Place
         if _is_fused(owner):
             continue
         for key, child in owner._modules.items():
-            if child is not None and is_activation(child, types):
+            if child is not None and is_activation(child, types) and vars(owner).get(key, child) is child:
                 yield Place(dot + key, child, owner, key)
         if isinstance(owner, SUGAR):  # what the activation before it kept has no effect
             continue
@@ -241,6 +246,22 @@ def find_places(model: nn.Module, types: Collection[Any] = ()) -> Iterator[Place
                 )
                 if method or function:
                     yield Place(dot + node.name, node.target, owner, node)
+
+
+def _names(module: nn.Module) -> list[str]:
+    """Attributes under which a module keeps the name of an activation, which its forward looks up, as Mamba's."""
+    kept = vars(module).items()
+    return [key for key, value in kept if "act" in key and isinstance(value, str) and value in NAMED_BY_CONFIGS]
+
+
+def find_hidden(model: nn.Module) -> list[str]:
+    """Find SUGAR that never runs, because an attribute of its owner has its name."""
+    return [
+        _dotted(prefix, key)
+        for prefix, owner in model.named_modules()
+        for key, child in owner._modules.items()
+        if isinstance(child, SUGAR) and vars(owner).get(key, child) is not child
+    ]
 
 
 _CALLED = frozenset(
@@ -259,6 +280,7 @@ def find_leftovers(model: nn.Module, types: Collection[Any] = ()) -> dict[str, s
             continue
         if id(owner) not in replaced:  # what an activation keeps has no effect on what takes its place
             found |= _out_of_reach(prefix, owner, replaced, lambda value: _is_either(value, types), _CALLED)
+            found |= {_dotted(prefix, key): f"named {vars(owner)[key]!r}" for key in _names(owner)}
         if _is_fused(owner):
             found[prefix] = "fused with its layer: sugarize before fuse_modules"
         elif "RNN" in type(owner).__name__ and getattr(owner, "nonlinearity", None) == "relu":
@@ -312,7 +334,7 @@ def _out_of_reach(
         return found
     for key, value in vars(owner).items():
         names = {"sugar"} & set(called) if key.startswith("_") else called  # others keep a wrapped forward there
-        if isinstance(value, nn.Module) and wanted(value):
+        if isinstance(value, nn.Module) and wanted(value) and owner._modules.get(key) is not value:
             found[_dotted(prefix, key)] = "not among the modules"  # set by object.__setattr__
             continue
         known = key in _of_every_module() or id(value) in replaced

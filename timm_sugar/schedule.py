@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from timm_sugar._places import activation_of, find_places
+from timm_sugar._places import activation_of, find_hidden, find_places
 from timm_sugar._saved_config import write_configs
 from timm_sugar.activation import SUGAR
 from timm_sugar.surrogate import Surrogate, get_surrogate
@@ -61,8 +61,9 @@ def set_surrogate(model: nn.Module, surrogate: str | Surrogate | None = None, **
 class SurrogateSchedule:
     """Parameters of a model's surrogates that go from one value to another over the updates of a training.
 
-    Sets the first values at once. Changes the SUGAR modules that the model has now: after another `sugarize()` make
-    another schedule. A CUDA graph that one captures oneself keeps the values of its capture.
+    Sets the first values at once. Changes the SUGAR modules that the model has now: after another `sugarize()` or
+    `to_relu()` make another schedule, for `step` raises RuntimeError then. A CUDA graph that one captures oneself keeps
+    the values of its capture.
 
     Args:
         model: any module with SUGAR in it, also a compiled or wrapped one.
@@ -97,7 +98,7 @@ class SurrogateSchedule:
                 raise TypeError(f"{name} must be its first and last value, e.g. (1.67, 0.1), not {ends!r}")
         self.updates, self.shape, self.done = updates, shape, 0
         self.parameters = {name: (first, last) for name, (first, last) in parameters.items()}
-        self._modules = _modules(model, "SurrogateSchedule")
+        self._model, self._modules = model, _modules(model, "SurrogateSchedule")
         _changes(self._modules, {name: last for name, (_, last) in self.parameters.items()})  # complains
         self._configs = write_configs(model)
         self._apply()
@@ -124,6 +125,8 @@ class SurrogateSchedule:
         self._apply()
 
     def _apply(self) -> None:
+        if {module for module in self._model.modules() if isinstance(module, SUGAR)} != set(self._modules):
+            raise RuntimeError("the model has other SUGAR modules than when this schedule was made: make another one")
         for module, chosen in _changes(self._modules, self.values()):
             module.set_surrogate(chosen)
         for config in self._configs:
@@ -141,6 +144,11 @@ def _modules(model: Any, function: str) -> list[SUGAR]:
                 f"{place.name} of {type(model).__name__} is {'a call in a graph of torch.fx' if graph else 'sugar()'}, "
                 f"with fixed values: {'change them, then trace' if graph else 'keep timm_sugar.SUGAR() there'}"
             )
+    if hidden := find_hidden(model):
+        raise ValueError(
+            f"{hidden[0]} of {type(model).__name__} never runs: an attribute of that name hides it, as in copies of a "
+            "TransformerDecoderLayer that was made with activation=SUGAR(); sugarize() the model"
+        )
     modules = [module for module in model.modules() if isinstance(module, SUGAR)]
     if not modules:
         raise ValueError(f"there is no SUGAR module in {type(model).__name__}: sugarize() it before")

@@ -15,7 +15,7 @@ from torch import nn
 
 from timm_sugar import _torch
 from timm_sugar._example import call, equal_outputs, inference, watch_example
-from timm_sugar._exchange import New, Undoable, exchange, one_new_for_each_old, rename_in_configs, undo_all
+from timm_sugar._exchange import New, Undoable, exchange, has_config, one_new_for_each_old, rename_in_configs, undo_all
 from timm_sugar._places import (
     Place,
     find_leftovers,
@@ -162,7 +162,14 @@ def _sugarize(
             warnings.warn(f"sugarize() left activations of {type(model).__name__}: {_listed(left)}", stacklevel=3)
         if example is not None:
             _check_on_example(model, in_place, example, expected)
-        changes += rename_in_configs(model, left, types)
+        renamed = rename_in_configs(model, left, types)
+        changes += renamed
+        if of_other and not renamed and any(has_config(module) for module in model.modules()):
+            warnings.warn(
+                f"the config of {type(model).__name__} doesn't say that these activations are ReLU now: a model "
+                "that is saved and loaded has the old ones; sugarize() it again",
+                stacklevel=3,
+            )
         changes += write_configs(model, of_other)
     except BaseException:  # warnings that are errors, what the model raises on the example, Ctrl-C
         undo_all(changes)
@@ -260,7 +267,8 @@ def to_relu(model: nn.Module) -> Any:
 def replace_activations(model: nn.Module, make: Callable[[], nn.Module]) -> Any:
     """Put what `make` returns in the place of every SUGAR module, in place; shared instances stay shared.
 
-    Use it to compare SUGAR with another activation in the same places; to deploy a model there is `to_relu`.
+    Use it to compare SUGAR with another activation in the same places; to deploy a model there is `to_relu`. What isn't
+    SUGAR is not saved: a model that `timm.models.save_for_hf` wrote comes back with SUGAR there.
 
     Args:
         model: a module with SUGAR in it.

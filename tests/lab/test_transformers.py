@@ -108,8 +108,35 @@ def test_a_config_keeps_its_name_where_activations_are_left_and_gets_it_back_aft
     with timm_sugar.sugarized(model):
         assert model.config.hidden_act == "relu"
     assert model.config.hidden_act == "gelu"
-    timm_sugar.sugarize(model, filter_fn=lambda module, name: "0" in name)
+    with pytest.warns(UserWarning, match="config of ViTModel doesn't say"):
+        timm_sugar.sugarize(model, filter_fn=lambda module, name: "0" in name)
     assert model.config.hidden_act == "gelu"
     timm_sugar.sugarize(model)
     assert model.config.hidden_act == "relu"
     assert transformers.ViTConfig().hidden_act == "gelu"
+
+
+def test_a_part_of_a_model_leaves_the_config_that_all_parts_share_and_says_so() -> None:
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, **TEXT))
+    with pytest.warns(UserWarning, match="config of LlamaDecoderLayer doesn't say.*sugarize\\(\\) it again"):
+        timm_sugar.sugarize(model.model.layers[-1])
+    assert model.config.hidden_act == "silu"
+    timm_sugar.sugarize(model)
+    assert model.config.hidden_act == "relu"
+
+
+def test_a_model_that_looks_its_activation_up_by_name_keeps_it_and_names_it() -> None:
+    settings = {"vocab_size": 50, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 1}
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**settings))
+    with (
+        pytest.warns(UserWarning, match=r"mixer.activation \(named 'silu'\)"),
+        pytest.warns(UserWarning, match="doesn't say that these activations are ReLU"),
+    ):
+        timm_sugar.sugarize(model)
+    assert model.config.hidden_act == "silu"
+
+
+def test_a_network_of_timm_inside_of_transformers_says_that_its_config_is_another() -> None:
+    model = transformers.TimmWrapperForImageClassification(transformers.TimmWrapperConfig(architecture="test_vit"))
+    with pytest.warns(UserWarning, match="config of TimmWrapperForImageClassification doesn't say"):
+        timm_sugar.sugarize(model)

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from timm_sugar import SUGAR, SurrogateSchedule, _compiled, _torch, register_surrogate, set_surrogate, sugar
 from timm_sugar import surrogate as surrogate_module
-from timm_sugar.surgery import sugarize
+from timm_sugar.surgery import sugarize, to_relu
 
 EXACT = {"rtol": 1e-12, "atol": 1e-15}
 ALPHAS = (1.67, 0.5, 0.0, 1.0, 0.123456789, 3.0)
@@ -384,3 +384,15 @@ def test_values_that_are_set_in_inference_mode_train() -> None:
     x = torch.tensor([-1.0], requires_grad=True)
     torch.compile(module, backend="aot_eager")(x).sum().backward()
     torch.testing.assert_close(x.grad, torch.tensor([-0.25]))
+
+
+@pytest.mark.parametrize(
+    "change", [lambda model: sugarize(model, "nelu", alpha=0.3), to_relu], ids=("sugarize", "to_relu")
+)
+def test_a_schedule_says_that_the_model_has_other_modules_now(change: Callable[[nn.Module], Any]) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), SUGAR(), nn.Linear(2, 2), SUGAR())
+    schedule = SurrogateSchedule(model, alpha=(1.67, 0.1), updates=4)
+    schedule.step()
+    change(model)
+    with pytest.raises(RuntimeError, match=r"other SUGAR modules.*make another one"):
+        schedule.step()

@@ -19,7 +19,17 @@ from fgi import FGI, inject, slope
 from timm.models.nfnet import GammaAct
 from torch import Tensor, nn
 
-from timm_sugar import SUGAR, get_surrogate, list_activations, replace_activations, sugar, sugarize, sugarized, to_relu
+from timm_sugar import (
+    SUGAR,
+    get_surrogate,
+    list_activations,
+    replace_activations,
+    set_surrogate,
+    sugar,
+    sugarize,
+    sugarized,
+    to_relu,
+)
 from timm_sugar._places import find_places
 from timm_sugar.activation import FunctionalSUGAR
 
@@ -804,6 +814,64 @@ def test_fused_path_computes_what_the_slow_one_does_if_another_activation_is_rep
         torch.testing.assert_close(layer(x), slow, rtol=1e-10, atol=1e-12)
 
 
+# --- nn.TransformerDecoderLayer takes F.relu for a copy, where PyTorch finds no activation among its attributes
+
+COPIES: list[Callable[[nn.Module], nn.Module]] = [
+    copy.deepcopy,
+    copy.copy,
+    lambda model: pickle.loads(pickle.dumps(model)),
+]
+
+
+def decoder(activation: Any) -> nn.Module:
+    torch.manual_seed(0)
+    layer = nn.TransformerDecoderLayer(8, 2, 16, 0.0, activation, batch_first=True, dtype=torch.float64)
+    return nn.TransformerDecoder(layer, 2)
+
+
+def decoder_gradient(model: nn.Module) -> Tensor:
+    torch.manual_seed(1)
+    x, memory = torch.randn(2, 2, 3, 8, dtype=torch.float64)
+    (grad,) = torch.autograd.grad(model(x, memory).square().sum(), model.layers[0].linear1.weight)
+    return grad
+
+
+@pytest.mark.parametrize("copied", COPIES, ids=("deepcopy", "copy", "pickle"))
+@pytest.mark.parametrize("activation", [F.relu, F.gelu, nn.GELU()], ids=("relu", "gelu", "module"))
+def test_a_copy_of_a_decoder_has_the_surrogate_too(copied: Callable[[nn.Module], nn.Module], activation: Any) -> None:
+    reference, model = decoder(F.relu), sugarize(decoder(activation), "elu")
+    for layer in reference.layers:
+        layer.activation = FGI("elu")
+    expected = decoder_gradient(reference)
+    torch.testing.assert_close(decoder_gradient(model), expected)
+    torch.testing.assert_close(decoder_gradient(copied(model)), expected)
+    again = to_relu(copied(sugarize(copied(model), "nelu")))
+    torch.testing.assert_close(decoder_gradient(again), decoder_gradient(decoder(F.relu)))
+
+
+def test_a_decoder_gets_its_activation_back_and_names_nothing_as_left() -> None:
+    model = decoder(F.gelu)
+    expected = decoder_gradient(model)
+    with sugarized(model):
+        assert not torch.equal(decoder_gradient(model), expected)
+        sugarize(model, "nelu")  # a warning is an error here
+    torch.testing.assert_close(decoder_gradient(copy.deepcopy(model)), expected)
+    assert [vars(layer)["activation"] for layer in model.layers] == [F.gelu, F.gelu]
+
+
+def test_sugar_that_pytorch_hid_is_no_activation_and_sugarize_brings_it_back() -> None:
+    model = decoder(SUGAR(surrogate="elu"))  # nn.TransformerDecoder copies the layer
+    assert set(list_activations(model).values()) == {"relu"}
+    with pytest.raises(
+        ValueError, match=r"layers.0.activation of TransformerDecoder never runs.*sugarize\(\) the model"
+    ):
+        set_surrogate(model, alpha=0.5)
+    torch.testing.assert_close(
+        decoder_gradient(sugarize(model, "elu")), decoder_gradient(sugarize(decoder(F.relu), "elu"))
+    )
+    set_surrogate(model, alpha=0.5)
+
+
 # --- what can't be replaced is named, and all of it is replaced or none
 
 
@@ -822,6 +890,7 @@ class Holder(nn.Module):
         object.__setattr__(self, "beside", self.act)
         self.of_act, self.in_partial = self.act.forward, functools.partial(apply, act=self.act)
         self.in_closure = lambda x, act=self.act: act(x)
+        self.act_name = "silu"  # as in Mamba of transformers
 
     def own_method(self, x: Tensor) -> Tensor:
         return F.silu(x)
@@ -852,6 +921,7 @@ def test_what_is_left_is_named_in_one_warning() -> None:
     for name, why in {"beside": "not among the modules", "of_act": "in a method", "in_partial": "in a partial"}.items():
         assert f"h.{name} ({why})" in text
     assert "h.in_closure (in a function)" in text
+    assert "h.act_name (named 'silu')" in text
     assert "scripted (a scripted ReLU)" in text
     assert "types=(Smooth,)" in text
     assert "default_act" not in text  # it is the instance that was replaced
