@@ -29,6 +29,7 @@ def description(readme: str, repository: str | None, version: str) -> str:
     if not repository:
         title, text = LINK.sub(r"\1", PICTURE.sub("", readme)).split("\n\n", 1)
         return f"{title}\n\n{NO_LINKS}\n\n{text}"
+    repository = repository.rstrip("/")
     revision = "HEAD" if "dev" in version else f"v{version}"
     readme = LINK.sub(rf"[\1]({repository}/blob/{revision}/\2)", readme)
     return SOURCE.sub(rf'\1="{repository}/raw/{revision}/\2"', readme)

@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--results-file {args.results_file}: no such folder")
     model, source = load_model(args)
     loader, config = open_loader(args, model, device)
-    print(f"{args.model}: {source}, {config['input_size'][-1]} pixels, {device}", flush=True)
+    print(f"{args.model}: {source}, {' x '.join(map(str, config['input_size'][1:]))} pixels, {device}", flush=True)
     metrics = evaluate(model, loader, args, device)
     print(
         f"top-1 {metrics['top1']:.2f} %, top-5 {metrics['top5']:.2f} %, loss {metrics['loss']:.4f}, "

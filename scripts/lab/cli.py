@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 import yaml
+from huggingface_hub.errors import HTTPError
 from safetensors import SafetensorError
 from timm.utils import ParseKwargs
 
@@ -26,6 +27,7 @@ from timm.utils import ParseKwargs
 _MISTAKES = (
     *(RuntimeError, ValueError, TypeError, KeyError, AssertionError, OSError),
     *(EOFError, pickle.UnpicklingError, SafetensorError, yaml.YAMLError, ArithmeticError, MemoryError),
+    HTTPError,  # of a connection that breaks
 )
 
 _NO_MORE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)  # what a stdout that takes no more gives
@@ -47,7 +49,9 @@ def explained(what: str, *more: type[Exception]) -> Iterator[None]:
         yield
     except mistakes as error:
         text = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{what}: {text if len(text) < 300 else text[:300] + ' ...'}") from error
+        if len(text) > 600:  # what went wrong stands at the beginning, what to do at the end
+            text = f"{text[:300]} ... {text[-300:]}"
+        raise UserError(f"{what}: {text}") from error
 
 
 def one_line(text: str) -> str:

@@ -41,11 +41,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         path.write_bytes(content)
         return
     partial_path = path.with_name(f"tmp-{path.name}")
-    partial_path.write_bytes(content)
     try:
+        partial_path.write_bytes(content)
         os.replace(partial_path, path)
-    except OSError:  # onto a folder
-        partial_path.unlink()
+    except OSError:  # a full disk, or a folder of that name
+        partial_path.unlink(missing_ok=True)
         raise
 
 

@@ -21,7 +21,7 @@ def train(root: Path, model: str, *options: str) -> Path:
     data = root / "data"
     if not data.exists():
         make_images(data)
-    size = [] if "--img-size" in options else ["--img-size", "32"]
+    size = [] if {"--img-size", "--input-size"} & {*options} else ["--img-size", "32"]
     argv = ["--data-dir", str(data), "--model", model, "--num-classes", "3", *size, "--epochs", "1"]
     argv += ["--warmup-epochs", "0", "-b", "8", "-j", "0", "--output", str(root), "--experiment", model, *options]
     assert load_script("train").main(argv) == 0

@@ -16,6 +16,7 @@ import safetensors.torch
 import timm
 import torch
 from lab.training.runs import load_file
+from loopback_hub import LoopbackHub
 from PIL import Image
 from scripting import SCRIPTS, TINY, error_line, load_script, make_images
 from timm.data import create_transform
@@ -207,3 +208,17 @@ def test_results_may_go_to_a_pipe_which_stays_one(run: Path, data: Path, tmp_pat
     assert os.read(reader, 10_000).startswith(b"model,top1")
     os.close(reader)
     assert pipe.is_fifo()
+
+
+@pytest.mark.slow
+def test_a_connection_that_breaks_is_one_line(tmp_path: Path) -> None:
+    data = make_images(tmp_path / "data")
+    command = [sys.executable, str(SCRIPTS / "evaluate.py"), "--model", "mobilenetv3_small_100_sugar.same_cifar10"]
+    with LoopbackHub() as hub:
+        hub.alive_for = 0
+        environment = hub.environment(tmp_path / "home") | {"TIMM_SUGAR_ORG": "org"}
+        command += ["--data-dir", str(data), "-j", "0"]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "can't create model" in done.stderr.splitlines()[-1]

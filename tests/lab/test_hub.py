@@ -488,10 +488,41 @@ def test_changes_says_what_a_push_would_do_and_does_nothing(folder: Path, hub: L
 
 
 def test_read_only_token_is_one_line_and_leaves_nothing(folder: Path, hub: LoopbackHub) -> None:
-    with pytest.raises(UserError, match="may not write there") as caught:
+    with pytest.raises(UserError, match="use a token with write access") as caught:
         push(client(hub, READ), REPO, folder, private=False)
     assert READ not in str(caught.value)
     assert not hub.repos
+
+
+@pytest.mark.parametrize(
+    ("status", "reason", "advice"),
+    [
+        (400, "License must be one of a list", "mend that, then run the same command"),
+        (402, "Payment required", "mend that, then run the same command"),
+        (403, "Private repository storage limit reached, please upgrade", "use a token with write access"),
+        (401, "Invalid credentials in Authorization header", "run `hf auth login`"),
+        (404, "Not there", "run the same command again, it goes on"),
+        (409, "Somebody else writes", "run the same command again, it goes on"),
+    ],
+)
+def test_what_the_hub_says_is_shown_with_advice_that_helps(
+    status: int, reason: str, advice: str, folder: Path, hub: LoopbackHub
+) -> None:
+    push(client(hub), REPO, folder, private=False)
+    edit_weights(folder, lambda w: w["fc.bias"].add_(1))
+    hub.repos[REPO].tags.clear()
+    hub.refuse, hub.refusal = 7, (status, reason)  # after what is asked first, and the check of the card's metadata
+    with pytest.raises(UserError) as caught:
+        push(client(hub), REPO, folder, private=False)
+    assert reason.rstrip(".") in str(caught.value)
+    assert advice in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_web_page_in_place_of_an_answer_is_said_to_be_no_hub(folder: Path, hub: LoopbackHub) -> None:
+    hub.instead = b"<html>Log in to this network</html>"
+    with pytest.raises(UserError, match="the answer is not that of a Hub; check HF_ENDPOINT"):
+        push(client(hub), REPO, folder, private=False)
 
 
 @pytest.mark.parametrize("answer", [{}, None, [], "hello", 0], ids=repr)

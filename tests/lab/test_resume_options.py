@@ -191,3 +191,38 @@ def test_options_of_a_checkpoint_that_are_none_are_one_line(run: Path, capsys: p
     del state["saver"]["sha256"]
     torch.save(state | {"args": [1]}, run / "last.pth.tar")
     assert "its args can't be used" in error_line(train.main, ["--resume", str(run), "--epochs", "2"], capsys)
+
+
+def test_options_that_differ_are_kept_with_the_run_and_those_of_epochs_that_are_gone_are_not(
+    data: Path, tmp_path: Path
+) -> None:
+    """A checkpoint says how each epoch before it was trained, and train.log says it too."""
+    train.main(options(data, tmp_path))
+    train.main(["--resume", str(tmp_path / "run"), "--epochs", "2", "-j", "0", "--log-interval", "3"])
+    assert train.main(["--resume", str(tmp_path / "run"), "--epochs", "3", "--lr", "0.001", "--seed", "7"]) == 0
+    lines = ["from epoch 1 on: epochs 1 -> 2", "from epoch 2 on: epochs 2 -> 3, lr 0.01 -> 0.001, seed 42 -> 7"]
+    assert load_file(tmp_path / "run" / "last.pth.tar")["args"].changes == lines
+    log = (tmp_path / "run" / "train.log").read_text().splitlines()
+    assert [line for line in log if line.startswith("from epoch")] == lines
+    first = tmp_path / "run" / "checkpoint-1.pth.tar"
+    assert train.main(["--resume", str(first), "--epochs", "3", "--lr", "0.01", "--seed", "42"]) == 0
+    assert load_file(tmp_path / "run" / "last.pth.tar")["args"].changes == [lines[0], "from epoch 2 on: epochs 2 -> 3"]
+
+
+def test_a_run_that_was_cut_off_has_changed_nothing(data: Path, tmp_path: Path) -> None:
+    argv = options(data, tmp_path, "--epochs", "2", "--model-kwargs", "surrogate=nelu", "alpha=0.05")
+    train.main(argv)
+    (tmp_path / "run" / "last.pth.tar").unlink()
+    (tmp_path / "run" / "checkpoint-1.pth.tar").unlink()
+    assert train.main(["--resume", str(tmp_path / "run"), "--data-dir", str(data)]) == 0
+    assert load_file(tmp_path / "run" / "last.pth.tar")["args"].changes == []
+
+
+def test_other_classes_are_refused(run: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other = shutil.copytree(data, run.parent / "other")
+    for split in ("train", "validation"):
+        first = sorted(path for path in (other / split).iterdir())[0]
+        first.rename(first.with_name("zzz"))
+    error = error_line(train.main, ["--resume", str(run), "--epochs", "2", "--data-dir", str(other)], capsys)
+    assert "was trained on other classes (" in error
+    assert "use it as --initial-checkpoint" in error

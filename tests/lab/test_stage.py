@@ -16,7 +16,7 @@ import yaml
 from lab.cli import UserError, yaml_options
 from lab.release.card import read_results
 from lab.release.checks import check
-from lab.release.stage import FILES, TrainedRun, describe_labels, stage, statistics
+from lab.release.stage import FILES, TrainedRun, add_twin, describe_labels, stage, statistics
 from lab.training.options import build_parser
 from lab.training.runs import read_checkpoint
 from safetensors.torch import load_file, save_file
@@ -243,6 +243,53 @@ def test_a_recipe_says_how_many_classes_the_data_had(runs: dict[str, Path], tmp_
     settings = yaml.safe_load((run / "args.yaml").read_text())
     (run / "args.yaml").write_text(yaml.safe_dump({**settings, "num_classes": None}))
     assert TrainedRun(run).recipe["num_classes"] == 3
+
+
+def test_options_that_changed_midway_are_on_the_card_and_no_twin_of_it_has_others(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    run = shutil.copytree(runs["test_resnet_sugar"], tmp_path / "run")
+    assert load_script("train").main(["--resume", str(run), "--epochs", "2", "--lr", "0.001"]) == 0
+    folder = make_folder(run, tmp_path / "models" / "test_resnet_sugar.x")
+    text = " ".join((folder / "README.md").read_text().split())
+    assert "resumed with other options (from epoch 1 on: epochs 1 -> 2, lr " in text
+    assert "-> 0.001), so this command, which has the last ones throughout, does not train it again:" in text
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    steady = train(tmp_path / "steady", "test_resnet", "--epochs", "2", "--lr", "0.001")
+    with pytest.raises(
+        UserError, match=r"not trained with the same options throughout.*from epoch 1 on: epochs 1 -> 2"
+    ):
+        add_twin(folder, TrainedRun(steady), lambda: dict(MEASURED | VERSIONS))
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_card_names_height_and_width_of_images_that_are_not_square(tmp_path: Path) -> None:
+    run = train(tmp_path, "test_resnet_sugar", "--input-size", "3", "32", "64")
+    folder = make_folder(run, tmp_path / "models" / "test_resnet_sugar.x")
+    text = (folder / "README.md").read_text()
+    assert "trained on toys at 32 x 64 pixels" in text
+    assert "torch.randn(1, 3, 32, 64)" in text
+    assert "64 x 64" not in text
+
+
+def test_a_network_of_grey_images_and_one_from_a_folder_are_refused_before_anything_is_made(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
+    grey = train(tmp_path / "grey", "test_resnet_sugar", "--in-chans", "1")
+    with pytest.raises(UserError, match="images of one channel: only networks of RGB are staged"):
+        make_folder(grey, tmp_path / "models" / "test_resnet_sugar.x")
+    saved = tmp_path / "saved"
+    timm.models.save_for_hf(timm.create_model("test_resnet_sugar", num_classes=3), saved, safe_serialization=True)
+    train(tmp_path / "local", f"local-dir:{saved}", "--experiment", "run")
+    local = tmp_path / "local" / "run"
+    with pytest.raises(UserError, match="train a _sugar model by its name, with the weights as --initial-checkpoint"):
+        make_folder(local, tmp_path / "models" / "test_resnet_sugar.x")
+    assert not (tmp_path / "models").exists()
+
+
+def test_weights_can_be_read_by_whoever_reads_the_other_files(runs: dict[str, Path], tmp_path: Path) -> None:
+    folder = make_folder(runs["test_resnet_sugar"], tmp_path / "models" / "test_resnet_sugar.x")
+    assert {path.stat().st_mode for path in folder.iterdir()} == {(folder / "config.json").stat().st_mode}
 
 
 def test_a_fork_is_staged_though_its_summary_begins_later(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -68,6 +68,7 @@ class LoopbackHub:
         self.requests: list[str] = []
         self.alive_for: int | None = None  # requests that are answered still; then every connection is cut
         self.refuse: int | None = None  # the request (counted from 1) that is answered with status 400
+        self.refusal = (400, "refused by the test")  # with which it is
         self.lose: int | None = None  # the request (counted from 1) that is carried out but not answered
         self.instead: object = ...  # what every request is answered with, with status 200, as by a proxy
         self.forget = ""  # what is answered as if it were done: commit, tag or settings
@@ -131,7 +132,8 @@ class _Handler(BaseHTTPRequestHandler):
         if hub.refuse is not None:
             hub.refuse -= 1
             if hub.refuse == 0:
-                return self.answer(400, {"error": "refused by the test"})
+                status, reason = hub.refusal
+                return self.answer(status, {"error": reason})
         for method, pattern, route in ROUTES:
             match = re.fullmatch(pattern, path)
             if match and self.command in method:

@@ -199,5 +199,20 @@ def test_weights_with_another_content_are_refused(
     done = run(LOAD, environment, installed)  # the damaged file is in the cache still
     assert done.stdout.split() == [expected], done.stderr
     hub.repos[f"org/{TAG}"].commit({"model.safetensors": bytes(content)})
-    done = run(LOAD, environment, installed)
+    done = run(LOAD, environment, installed)  # the right one is in the cache
+    assert done.stdout.split() == [expected], done.stderr
+    done = run(LOAD, environment | {"HF_HOME": str(tmp_path / "new")}, installed)
     assert "its SHA-256 differs" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_weights_that_are_in_the_cache_need_no_network(
+    hub: LoopbackHub, installed: Path, expected: str, tmp_path: Path
+) -> None:
+    environment = hub.environment(tmp_path) | {"TIMM_SUGAR_ORG": "org"}
+    assert run(LOAD, environment, installed).stdout.split() == [expected]
+    hub.requests.clear()
+    hub.alive_for = 0
+    done = run(LOAD, environment, installed)
+    assert done.stdout.split() == [expected], done.stderr
+    assert hub.requests == []

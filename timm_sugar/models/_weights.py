@@ -9,11 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import LocalEntryNotFoundError
 from timm.models import PretrainedCfg
 
 ORG = "timm-sugar"  # on the Hub
@@ -52,8 +55,13 @@ class SugarTag:
                 'pretrained_cfg_overlay={"file": "model.safetensors"} of create_model; or name an organisation that '
                 "has them in the environment variable TIMM_SUGAR_ORG"
             )
+        with suppress(LocalEntryNotFoundError):  # what is there needs no network
+            file = hf_hub_download(self.cfg.hf_hub_id, WEIGHTS, cache_dir=cache_dir, local_files_only=True)
+            if HF_HUB_OFFLINE or _sha256(file) == self.sha256:
+                return self._checked(file)
+        # Nothing is there, or a damaged file, or another version: load what the Hub has now.
         file = hf_hub_download(self.cfg.hf_hub_id, WEIGHTS, cache_dir=cache_dir)
-        if _sha256(file) != self.sha256:  # a damaged cache, or another version: load what the Hub has now
+        if _sha256(file) != self.sha256:
             file = hf_hub_download(self.cfg.hf_hub_id, WEIGHTS, cache_dir=cache_dir, force_download=True)
         return self._checked(file)
 

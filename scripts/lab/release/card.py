@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,6 +86,11 @@ def _shown(name: str) -> Dataset:
     )
 
 
+def _pixels(size: Sequence[int]) -> str:
+    """Height and width of images, the last two numbers of `size`."""
+    return f"{size[-2]} x {size[-1]}"
+
+
 def _metadata(name: str, config: dict[str, Any], own: dict[str, str]) -> ModelCardData:
     """The head of the card, which the Hub reads."""
     shown = _shown(config["sugar"]["dataset"])
@@ -115,6 +121,7 @@ def _render(name: str, config: dict[str, Any], recipe: dict[str, Any], rows: lis
     sugar, cfg = config["sugar"], config["pretrained_cfg"]
     architecture = name.partition(".")[0]
     base = architecture.removesuffix(SUFFIX)
+    trained = recipe.get("input_size") or cfg["input_size"]
     text = ModelCard.from_template(
         _metadata(name, config, rows[0]),
         template_path=str(TEMPLATE),
@@ -128,8 +135,9 @@ def _render(name: str, config: dict[str, Any], recipe: dict[str, Any], rows: lis
         surrogate=SURROGATES.get(sugar["model_args"]["surrogate"], sugar["model_args"]["surrogate"]),
         alpha=sugar["model_args"].get("alpha"),
         dataset=_shown(sugar["dataset"]),
-        size=cfg["input_size"][-1],
-        trained_size=recipe.get("img_size") or cfg["input_size"][-1],
+        shape=", ".join(map(str, cfg["input_size"])),
+        size=_pixels(cfg["input_size"]),
+        trained_size=_pixels([recipe["img_size"]] * 2 if recipe.get("img_size") else trained),
         classes=config["num_classes"],
         rows=[row for row in rows if row["weights"] not in (ORIGINAL, INT8, ORIGINAL_INT8)],
         own=rows[0],
@@ -138,5 +146,6 @@ def _render(name: str, config: dict[str, Any], recipe: dict[str, Any], rows: lis
         megabytes=f"{size / 1e6:.1f}",
         recipe=recipe,
         notes=sugar.get("notes", []),
+        changes=sugar.get("changes", []),
     )
     return str(text).rstrip("\n") + "\n"

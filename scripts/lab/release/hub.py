@@ -6,6 +6,7 @@ import hashlib
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_session, hf_hub_download
@@ -25,6 +26,7 @@ from timm_sugar.models._weights import WEIGHTS
 from timm_sugar.version import __version__
 
 _NOT_OURS = {".gitattributes"}  # the Hub's own
+_PASSING = (404, 408, 409, 425, 429)  # client errors that another try may not meet
 PATIENCE = 60.0  # seconds in which the Hub has to answer; huggingface_hub's client waits for ever
 
 
@@ -39,15 +41,20 @@ def _one_line(repo_id: str) -> Iterator[None]:
     except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: around what broke the upload of a large file
         cause = error.__cause__ if isinstance(error, RuntimeError) else error
         status = cause.response.status_code if isinstance(cause, HfHubHTTPError) else None
-        if status in (401, 403):
-            message = f"{repo_id}: the token may not write there; use one with write access to the organisation"
+        said = (cause.server_message or "") if isinstance(cause, HfHubHTTPError) else ""
+        reason = " ".join(said.split()) or (str(cause or error).strip().splitlines() or [type(error).__name__])[0]
+        if "Bearer" in reason:  # what httpx says of a header that can't be sent, with all that is in it
+            raise UserError("the token has a character that no token has: set it anew") from None
+        if status == 401:
+            advice = "the token is not known there, or has run out: run `hf auth login`, or set HF_TOKEN"
+        elif status == 403 or isinstance(cause, PermissionError):  # what xet raises for either
+            advice = "use a token with write access to the organisation, if that is what is missing"
+        elif status and 400 <= status < 500 and status not in _PASSING:
+            advice = "mend that, then run the same command again"
         else:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            if "Bearer" in reason:  # what httpx says of a header that can't be sent, with all that is in it
-                raise UserError("the token has a character that no token has: set it anew") from None
-            message = f"{repo_id}: {reason}; run the same command again, it goes on where it stopped"
-        raise UserError(message) from error
-    except (KeyError, TypeError, AttributeError) as error:  # an answer of another form, e.g. {} or null
+            advice = "run the same command again, it goes on where it stopped"
+        raise UserError(f"{repo_id}: {reason.rstrip('.')}; {advice}") from error
+    except (KeyError, TypeError, AttributeError, JSONDecodeError) as error:  # another form: {}, null, a web page
         raise UserError(
             f"{repo_id}: the answer is not that of a Hub; check HF_ENDPOINT and what lies between"
         ) from error

@@ -85,6 +85,7 @@ class TrainedRun:
         self.settings = {**self.recipe, "model_kwargs": known["model_kwargs"]}
         if "original" in known:  # a conversion, whose model is the original's ReLU self
             self.settings["model"] = known["model"]
+        self.changes: list[str] = list(known.get("changes", ()))  # of options, when it was resumed
         self.teacher: str | None = known.get("teacher")  # of a conversion, the digest of the original's weights
         check_model(state, folder / "last.pth.tar", self.settings["model"])
         self.published = self.settings | ({"img_size": img_size, "input_size": None} if img_size else {})
@@ -115,10 +116,17 @@ class TrainedRun:
         Raises UserError if the settings are not those of a `_sugar` model, or the weights don't fit it.
         """
         name = self.settings["model"].partition(".")[0]
+        if ":" in self.settings["model"]:
+            raise UserError(
+                f"{self.folder} trained {self.settings['model']}: train a {SUFFIX} model by its name, with the weights "
+                "as --initial-checkpoint"
+            )
         if not name.endswith(SUFFIX):
             raise UserError(f"{self.folder} trained {name}: only {SUFFIX} models are staged")
         with explained(f"the weights of {self.folder} don't fit {name}"):
             model: Any = self.build(name, self.model_args)
+        if (self.published.get("in_chans") or (self.published.get("input_size") or [3])[0]) != 3:
+            raise UserError(f"{self.folder} was trained on images of one channel: only networks of RGB are staged")
         image = torch.randn(2, *resolve_data_config(self.published, model=model)["input_size"])
         base = name.removesuffix(SUFFIX)
         sugar = {"surrogate"} | built_in_parameters()
@@ -156,12 +164,12 @@ def stage(
             _save(model, run, partial, licence, labels, about)
             rows = [{"weights": "float32", **measure(partial)}]
             half = {key: value.half() if value.is_floating_point() else value for key, value in run.weights.items()}
-            safetensors.torch.save_file(half, partial / WEIGHTS, metadata={"format": "pt"})
+            _write_weights(half, partial)
             row = {"weights": "float16", **measure(partial)}
             if rows[0]["top1"] - row["top1"] <= HALF_COSTS_AT_MOST and all(v.isfinite().all() for v in half.values()):
                 rows.insert(0, row)
             else:
-                safetensors.torch.save_file(run.weights, partial / WEIGHTS, metadata={"format": "pt"})
+                _write_weights(run.weights, partial)
             rows[0].update(statistics(partial))
             for name in FROM_RUN:
                 shutil.copyfile(run.folder / name, partial / name)
@@ -169,6 +177,12 @@ def stage(
             write_results(partial, rows)
             write_atomically(partial / CARD, card(partial))
             os.replace(partial, folder)
+
+
+def _write_weights(weights: dict[str, Tensor], folder: Path) -> None:
+    """Write weights with the permissions of other files; safetensors and timm write them for the owner alone."""
+    (folder / WEIGHTS).unlink(missing_ok=True)
+    (folder / WEIGHTS).write_bytes(safetensors.torch.save(weights, metadata={"format": "pt"}))
 
 
 def add_twin(folder: Path, run: TrainedRun, measure: Callable[[], dict[str, Any]]) -> None:
@@ -179,6 +193,12 @@ def add_twin(folder: Path, run: TrainedRun, measure: Callable[[], dict[str, Any]
     """
     with explained(f"can't read {folder / RECIPE}"):
         recipe = yaml.safe_load((folder / RECIPE).read_text())
+        changes = json.loads((folder / CONFIG).read_text())["sugar"].get("changes", [])
+    if run.changes != changes:
+        raise UserError(
+            f"{run.folder} was not trained with the same options throughout as {folder.name}: "
+            f"{'; '.join(run.changes or changes)}"
+        )
     other = _portable(run.recipe)
     for key in sorted(recipe.keys() - {"model", "model_kwargs", "device_modules", "surrogate"}):
         if recipe[key] != other.get(key):
@@ -274,7 +294,7 @@ def _save(
             "label_names": labels,
             "label_descriptions": describe_labels(labels),
             "pretrained_cfg": nothing | origin,
-            "sugar": {"model_args": run.model_args, **about},
+            "sugar": {"model_args": run.model_args, **about} | ({"changes": run.changes} if run.changes else {}),
         },
         data_config=resolve_data_config(run.published, model=model),
         safe_serialization=True,

@@ -211,5 +211,5 @@ def each_model(args: argparse.Namespace) -> Iterator[tuple[str, nn.Module, Any]]
         one.checkpoint = path
         model, source = load_model(one)
         loader, config = open_loader(one, model, device, args.images)
-        print(f"{one.model}: {source}, {config['input_size'][-1]} pixels, {device}", flush=True)
+        print(f"{one.model}: {source}, {' x '.join(map(str, config['input_size'][1:]))} pixels, {device}", flush=True)
         yield name or one.model, model.to(device), loader

@@ -19,10 +19,14 @@ from timm.utils import NativeScaler, init_distributed_device, unwrap_model
 import timm_sugar  # noqa: F401  registers the models
 from lab.cli import UserError, explained
 from lab.files import environment
+from lab.training.data import class_to_idx
 from lab.training.folder import RunFolder
 from lab.training.runs import (
     DAMAGE,
+    asked,
+    change_of,
     check_numbers,
+    check_same_classes,
     check_unchanged,
     find_checkpoint,
     is_saved,
@@ -42,6 +46,8 @@ class Prepared:
         self.folder: RunFolder | None = None
         self.restored: Path | None = None
         self.tried = False  # whether an update was made
+        self.asked: dict[str, Any] = asked(args.given)  # of the epochs that are done
+        self.changes: list[str] = []  # of options among these epochs
         self.device = init_distributed_device(args)
         try:
             self.set_up(resume)
@@ -78,6 +84,7 @@ class Prepared:
         with explained(f"can't prepare images for model {args.model}"):
             self.data_config = resolve_data_config(vars(args), model=model)
         self.train_loader, self.eval_loader = build_loaders(args, self.data_config, self.device)
+        self.classes = list(class_to_idx(self.train_loader.dataset) or ())
         check_outputs(model, self.data_config["input_size"], self.device)
         if args.channels_last:
             model.to(memory_format=torch.channels_last)
@@ -126,6 +133,8 @@ class Prepared:
         settings["model_kwargs"] = self.args.model_kwargs | values_in_force(self.surrogate_schedules)
         settings["all_epochs"] = self.epochs  # those of warm-up and cool-down that a schedule adds, too
         settings["environment"] = environment(self.device.type)
+        settings["asked"], settings["changes"] = self.asked, self.changes
+        settings["classes"] = self.classes
         return argparse.Namespace(**settings)
 
     def prepare_task(self) -> None:
@@ -141,6 +150,7 @@ class Prepared:
         """Load a checkpoint; return the epoch to start with and the state of the saver at the one before."""
         state = read_checkpoint(path, self.args.model)
         check_unchanged(state, self.args, path, Path(self.args.output, self.args.experiment))
+        check_same_classes(state, self.classes, path)
         with explained(f"checkpoint {path} doesn't fit model {self.args.model} with these options", *DAMAGE):
             for ema in (False, True) if self.task.has_ema() else (False,):
                 weights = state.get("state_dict_ema", state["state_dict"]) if ema else state["state_dict"]
@@ -151,6 +161,8 @@ class Prepared:
             if self.scaler and self.scaler.state_dict_key in state:
                 self.scaler.load_state_dict(state[self.scaler.state_dict_key])
         self.restored, start = path, state["epoch"] + 1
+        known = vars(state.get("args") or argparse.Namespace())
+        self.asked, self.changes = known.get("asked", self.asked), list(known.get("changes", ()))
         if start > self.epochs or (start == self.epochs and self.is_whole(path.parent)):
             raise UserError(f"--resume {path}: the run is finished ({start} of {self.epochs} epochs); raise --epochs")
         return start, state.get("saver", {})
@@ -173,3 +185,6 @@ class Prepared:
             decreasing=measure(args).endswith("loss"), max_history=args.checkpoint_hist,
         )  # fmt: skip
         self.folder.keep(saver, self.start_epoch, history)
+        if change := change_of(self.asked, asked(args.given), self.start_epoch):
+            self.folder.log(change)
+            self.asked, self.changes = asked(args.given), [*self.changes, change]

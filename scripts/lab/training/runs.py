@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import os
 import pickle
 import struct
 from pathlib import Path
@@ -130,6 +131,39 @@ def check_unchanged(state: dict[str, Any], args: argparse.Namespace, path: Path,
     if measure(before) != measure(args) and path.parent.resolve() == folder.resolve():
         chosen = f"the best checkpoint was chosen by {measure(before)}, not by {measure(args)}"
         raise UserError(f"{path.parent}: {chosen}; add --experiment to go on in another folder")
+
+
+def check_same_classes(state: dict[str, Any], classes: list[str], path: Path) -> None:
+    """Raises UserError if a checkpoint was trained on other classes than those of the data, or in another order."""
+    known = vars(state.get("args") or argparse.Namespace()).get("classes") or classes
+    if classes and known != classes:
+        differ = [f"{old}, not {new}" for old, new in zip(known, classes, strict=False) if old != new]
+        first = differ[0] if differ else f"{len(known)}, not {len(classes)}"
+        raise UserError(f"{path} was trained on other classes ({first}): use it as --initial-checkpoint")
+
+
+# Options by which a run that is resumed doesn't change: of the machine, of what is shown, of how it began.
+_WITHOUT_EFFECT = frozenset(
+    {"data_dir", "output", "experiment", "device", "workers", "pin_mem", "log_interval", "checkpoint_hist"}
+    | {"dataset_download", "validation_batch_size", "eval_first", "grad_checkpointing", "torchcompile"}
+    | {"torchcompile_mode", "pretrained", "pretrained_path", "initial_checkpoint", "checkpoint", "calibration"}
+)
+
+
+def asked(given: dict[str, Any]) -> dict[str, Any]:
+    """The options that say how a run trains, as a checkpoint keeps them."""
+    return {key: value for key, value in given.items() if key not in _WITHOUT_EFFECT}
+
+
+def change_of(before: dict[str, Any], given: dict[str, Any], start: int) -> str:
+    """One line on what `asked` returned before epoch `start`, and returns from there on; empty if nothing differs."""
+    differ = [f"{key} {_shown(before[key])} -> {_shown(given[key])}" for key in before if before[key] != given.get(key)]
+    return f"from epoch {start} on: {', '.join(differ)}" if differ else ""
+
+
+def _shown(value: Any) -> str:
+    """The value of an option; of a path the name alone, since the line is published."""
+    return Path(value).name if isinstance(value, str) and os.sep in value else str(value)
 
 
 def read_summary(folder: Path, epochs: int) -> list[dict[str, Any]]:
