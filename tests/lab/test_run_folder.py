@@ -78,6 +78,14 @@ def test_a_relative_path_from_inside_the_folder(moved: Path, monkeypatch: pytest
     assert [path.name for path in moved.parent.iterdir()] == ["new"]
 
 
+def test_folders_of_an_export_that_was_killed_are_gone_after_the_run_goes_on(moved: Path) -> None:
+    for name in ("tmp-int8-x1y2", "tmp-float-x1y2", "mine"):
+        (moved / name).mkdir()
+        (moved / name / "model.onnx").write_bytes(b"x")
+    assert train.main(["--resume", str(moved), "--epochs", "2"]) == 0
+    assert [path.name for path in moved.iterdir() if path.is_dir()] == ["mine"]
+
+
 def test_another_experiment_forks_and_says_so(moved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(moved)
     assert train.main(["--resume", str(moved), "--experiment", "fork", "--epochs", "2"]) == 0

@@ -47,7 +47,7 @@ def _one_line(repo_id: str) -> Iterator[None]:
             raise UserError("the token has a character that no token has: set it anew") from None
         if status == 401:
             advice = "the token is not known there, or has run out: run `hf auth login`, or set HF_TOKEN"
-        elif status == 403 or isinstance(cause, PermissionError):  # what xet raises for either
+        elif status == 403 or (isinstance(cause, PermissionError) and cause.errno is None):  # the latter is xet's
             advice = "use a token with write access to the organisation, if that is what is missing"
         elif status and 400 <= status < 500 and status not in _PASSING:
             advice = "mend that, then run the same command again"

@@ -57,6 +57,8 @@ class RunFolder:
                 self.lock.acquire(timeout=_PATIENCE)
             except Timeout:
                 raise UserError(f"another process trains in {self.path}: wait for it or end it") from None
+            for left in self.path.glob("tmp-*-*/"):  # by an export that was killed
+                shutil.rmtree(left, ignore_errors=True)
 
     def check_unused(self) -> None:
         """Raises UserError if there are files of another run."""

@@ -157,7 +157,8 @@ def asked(given: dict[str, Any]) -> dict[str, Any]:
 
 def change_of(before: dict[str, Any], given: dict[str, Any], start: int) -> str:
     """One line on what `asked` returned before epoch `start`, and returns from there on; empty if nothing differs."""
-    differ = [f"{key} {_shown(before[key])} -> {_shown(given[key])}" for key in before if before[key] != given.get(key)]
+    keys = [key for key in before if key in given and before[key] != given[key]]
+    differ = [f"{key} {_shown(before[key])} -> {_shown(given[key])}" for key in keys]
     return f"from epoch {start} on: {', '.join(differ)}" if differ else ""
 
 
