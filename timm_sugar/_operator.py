@@ -33,7 +33,19 @@ _library.define(
 )
 _scheduled_operator = torch.ops.timm_sugar.relu_scheduled.default
 
-uses_relu_gradient: ContextVar[bool] = ContextVar("uses_relu_gradient", default=False)
+
+class Block:
+    """A block of `relu_gradient()`, which ends for all contexts that were copied inside, as a task's."""
+
+    is_open = True
+
+
+block_of_relu_gradient: ContextVar[Block | None] = ContextVar("block_of_relu_gradient", default=None)
+
+
+def _uses_relu_gradient() -> bool:
+    block = block_of_relu_gradient.get()
+    return block is not None and block.is_open
 
 
 Setting = tuple[Surrogate | None, list[float]]  # None for ReLU's own derivative; values of the parameters
@@ -102,7 +114,11 @@ class _OperatorFunction(_torch.SingleLevelFunction or torch.autograd.Function): 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, _, surrogate, values, formula = inputs
-        ctx.setting = None if uses_relu_gradient.get() else known_surrogate(surrogate, formula), values
+        ctx.setting = None if _uses_relu_gradient() else known_surrogate(surrogate, formula), values
+        if _uses_relu_gradient() and _torch.is_surely_in_compiler():  # whose caches know nothing of the block
+            raise RuntimeError(
+                "nothing is compiled inside of relu_gradient(): set no other stance of the compiler there"
+            )
         ctx.save_for_backward(x)
         ctx.save_for_forward(x)
 
@@ -209,7 +225,7 @@ def _apply_eagerly(x: Tensor, surrogate: str, values: list[float], formula: str)
     known = known_surrogate(surrogate, formula)
     prepare(x, known, values)
     function = _EagerFunction if _torch.can_nest else _TransformedFunction
-    return function.apply(x, (None if uses_relu_gradient.get() else known, values))
+    return function.apply(x, (None if _uses_relu_gradient() else known, values))
 
 
 def apply(x: Tensor, surrogate: str, values: list[float], formula: str) -> Tensor:

@@ -191,6 +191,11 @@ def is_in_compiler() -> bool:
     return _tracing_context is None or _tracing_context() is not None
 
 
+def is_surely_in_compiler() -> bool:
+    """Whether a compiler traces a graph, and PyTorch says so."""
+    return _tracing_context is not None and _tracing_context() is not None
+
+
 def _decomposes() -> bool:
     """Whether an exported program is being decomposed; without the flag the name of the running method tells."""
     return is_exporting() if _export_flag else next(_locals("run_decompositions", "self"), None) is not None

@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from timm_sugar import _torch
 from timm_sugar._compiled import prepare_all, takes_tensors
-from timm_sugar._operator import RunTimeValues, apply, apply_scheduled, uses_relu_gradient
+from timm_sugar._operator import Block, RunTimeValues, apply, apply_scheduled, block_of_relu_gradient
 from timm_sugar._saved_tensors import find_call, remember_value, share_saved, unshare_within
 from timm_sugar.surrogate import (
     Surrogate,
@@ -71,12 +71,13 @@ def relu_gradient() -> Iterator[None]:
     decorator it does so for ordinary functions; write `with` inside of `async def`, and in a generator leave the block
     before each `yield`.
 
-    Compiled functions run uncompiled inside, unless another stance of the compiler is set there; what was compiled
-    ahead of time keeps its gradient. A checkpoint needs use_reentrant=False: a reentrant one runs the
-    forward pass anew in a thread of autograd's.
+    Compiled functions run uncompiled inside; set no other stance of the compiler there, with which they keep the
+    surrogate's gradient or can't be compiled. What was compiled ahead of time keeps its gradient, too. A task that was
+    begun inside has ReLU's for as long as the block lasts. A checkpoint needs use_reentrant=False: a reentrant one runs
+    the forward pass anew in a thread of autograd's.
 
     Raises:
-        RuntimeError: if it is entered inside of a compiled function.
+        RuntimeError: if it is entered inside of a compiled function, or something is compiled inside of it.
 
     Example:
         >>> x = torch.tensor([-1.0, 1.0], requires_grad=True)
@@ -86,12 +87,15 @@ def relu_gradient() -> Iterator[None]:
         tensor([0., 1.])
     """
     _uncompiled.enter()
-    token = uses_relu_gradient.set(True)
+    block = Block()
+    token = block_of_relu_gradient.set(block)
     try:
         yield
     finally:
-        uses_relu_gradient.reset(token)
+        block.is_open = False
         _uncompiled.leave()
+        with suppress(ValueError):  # a generator that is closed in another context than it began in
+            block_of_relu_gradient.reset(token)
 
 
 class _Uncompiled:

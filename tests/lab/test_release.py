@@ -86,6 +86,11 @@ def test_release_stops_at_each_thing_that_is_not_so_and_ends_with_a_wheel(tmp_pa
             done = run("publish.py", "push")
             assert done.returncode == 0, done.stderr
 
+        def commit_twice() -> None:
+            commit(checkout)
+            git(checkout, "tag", "v9.8.7")
+            git(checkout, "commit", "--quiet", "--allow-empty", "--message", "One more")
+
         stops: list[tuple[str, Callable[[], object]]] = [
             ("9.8.7.dev0 is no release", lambda: edit(package / "version.py", "9.8.7.dev0", "9.8.7")),
             (
@@ -105,7 +110,8 @@ def test_release_stops_at_each_thing_that_is_not_so_and_ends_with_a_wheel(tmp_pa
                 lambda: edit(package / "models" / "_weights.py", r"= frozenset\(\)", f"= frozenset({[NAME]!r})"),
             ),
             ("README.md says 'Hub yet'", lambda: (checkout / "README.md").write_text("# timm_sugar\n\nIt is out.\n")),
-            ("is not committed", lambda: commit(checkout)),
+            ("is not committed", commit_twice),
+            ("git has v9.8.7 on another commit", lambda: git(checkout, "tag", "--delete", "v9.8.7")),
         ]
         content = (checkout / "model_cards" / NAME / "model.safetensors").read_bytes()
         hub.other_content["model.safetensors"] = bytes(len(content))

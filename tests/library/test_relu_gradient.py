@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import copy
 import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -196,3 +197,80 @@ def test_a_compiled_network_has_relus_gradient_inside_though_it_was_compiled_out
     with relu_gradient(), relu_gradient():
         torch.testing.assert_close(gradient(compiled), gradient(plain))
     torch.testing.assert_close(gradient(compiled), outside)
+
+
+def slopes() -> Tensor:
+    return slope(X.clamp(-60, 60))
+
+
+def test_nothing_is_compiled_inside_so_that_no_cache_holds_relus_gradient(compiler: None) -> None:
+    """The block is no part of the key of a cache, from which later processes would read, too."""
+    compiled = torch.compile(lambda x: sugar(x), backend="aot_eager")
+    with (
+        relu_gradient(),
+        torch.compiler.set_stance("default"),
+        pytest.raises(RuntimeError, match=r"nothing is compiled inside of relu_gradient\(\)"),
+    ):
+        gradient(compiled)
+    torch.testing.assert_close(gradient(compiled), slopes())
+    torch.testing.assert_close(gradient(torch.compile(lambda x: sugar(x), backend="aot_eager")), slopes())
+
+
+@pytest.mark.parametrize("compiles", [False, True])
+def test_a_task_that_outlives_the_block_in_which_it_began_has_the_surrogates_gradient(
+    compiles: bool, compiler: None
+) -> None:
+    call: Any = torch.compile(sugar, backend="aot_eager") if compiles else sugar
+    found = {}
+
+    async def wait(end: asyncio.Event) -> None:
+        found["inside"] = gradient(sugar)
+        await end.wait()
+        found["after"] = gradient(call)
+
+    async def begin() -> None:
+        end = asyncio.Event()
+        with relu_gradient():
+            task = asyncio.create_task(wait(end))
+            await asyncio.sleep(0)
+        end.set()
+        await task
+
+    asyncio.run(begin())
+    torch.testing.assert_close(found["inside"], (X > 0).double())
+    torch.testing.assert_close(found["after"], slopes())
+
+
+def test_a_context_that_was_copied_inside_is_outside_after_the_block() -> None:
+    with relu_gradient():
+        context = contextvars.copy_context()
+        torch.testing.assert_close(context.run(gradient, sugar), (X > 0).double())
+    torch.testing.assert_close(context.run(gradient, sugar), slopes())
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_blocks_of_generators_that_end_in_any_order_leave_nothing(order: tuple[int, int]) -> None:
+    def block() -> Iterator[None]:
+        with relu_gradient():
+            yield
+
+    blocks: Any = (block(), block())
+    for one in blocks:
+        next(one)
+    for index in order:
+        blocks[index].close()
+    torch.testing.assert_close(gradient(sugar), slopes())
+    torch.testing.assert_close(gradient(torch.compile(sugar, backend="aot_eager")), slopes())
+
+
+def test_a_generator_that_is_closed_in_another_context_ends_its_block() -> None:
+    def block() -> Iterator[None]:
+        with relu_gradient():
+            yield
+
+    one: Any = block()
+    context = contextvars.copy_context()
+    context.run(next, one)
+    one.close()
+    torch.testing.assert_close(context.run(gradient, sugar), slopes())
+    torch.testing.assert_close(gradient(torch.compile(sugar, backend="aot_eager")), slopes())
