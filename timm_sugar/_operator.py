@@ -114,8 +114,9 @@ class _OperatorFunction(_torch.SingleLevelFunction or torch.autograd.Function): 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, _, surrogate, values, formula = inputs
-        ctx.setting = None if _uses_relu_gradient() else known_surrogate(surrogate, formula), values
-        if _uses_relu_gradient() and _torch.is_surely_in_compiler():  # whose caches know nothing of the block
+        of_relu = _uses_relu_gradient()
+        ctx.setting = None if of_relu else known_surrogate(surrogate, formula), values
+        if of_relu and _torch.is_surely_in_compiler():  # whose caches know nothing of the block
             raise RuntimeError(
                 "nothing is compiled inside of relu_gradient(): set no other stance of the compiler there"
             )

@@ -291,6 +291,11 @@ class FunctionalSUGAR(SUGAR):
         return apply(input, self.surrogate, self._values, self.formula)
 
 
+def sugar_modules(model: nn.Module) -> list[SUGAR]:
+    """The SUGAR modules of a model, itself among them, each once."""
+    return [module for module in model.modules() if isinstance(module, SUGAR)]
+
+
 def warm_up(model: nn.Module, device: Any = None, dtype: torch.dtype | None = None) -> Any:
     """Compile now the gradients that a model's SUGAR modules need; otherwise the first step of training does.
 
@@ -315,7 +320,7 @@ def warm_up(model: nn.Module, device: Any = None, dtype: torch.dtype | None = No
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"warm_up() needs an nn.Module, not {type(model).__name__}")
-    modules = [module for module in model.modules() if isinstance(module, SUGAR)]
+    modules = sugar_modules(model)
     if not modules:
         raise ValueError(f"there is no SUGAR module in {type(model).__name__} to warm up")
     weight = next((weight for weight in model.parameters() if weight.is_floating_point()), torch.empty(0))

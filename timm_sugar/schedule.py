@@ -11,7 +11,7 @@ from torch import nn
 
 from timm_sugar._places import activation_of, find_hidden, find_places
 from timm_sugar._saved_config import write_configs
-from timm_sugar.activation import SUGAR
+from timm_sugar.activation import SUGAR, sugar_modules
 from timm_sugar.surrogate import Surrogate, get_surrogate
 
 # The share of the way from the first value to the last, at a share of the updates.
@@ -125,7 +125,7 @@ class SurrogateSchedule:
         self._apply()
 
     def _apply(self) -> None:
-        if {module for module in self._model.modules() if isinstance(module, SUGAR)} != set(self._modules):
+        if {*sugar_modules(self._model)} != {*self._modules}:
             raise RuntimeError("the model has other SUGAR modules than when this schedule was made: make another one")
         for module, chosen in _changes(self._modules, self.values()):
             module.set_surrogate(chosen)
@@ -149,7 +149,7 @@ def _modules(model: Any, function: str) -> list[SUGAR]:
             f"{hidden[0]} of {type(model).__name__} never runs: an attribute of that name hides it, as in copies of a "
             "TransformerDecoderLayer that was made with activation=SUGAR(); sugarize() the model"
         )
-    modules = [module for module in model.modules() if isinstance(module, SUGAR)]
+    modules = sugar_modules(model)
     if not modules:
         raise ValueError(f"there is no SUGAR module in {type(model).__name__}: sugarize() it before")
     return modules

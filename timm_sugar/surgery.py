@@ -29,7 +29,7 @@ from timm_sugar._places import (
 )
 from timm_sugar._saved_config import write_configs
 from timm_sugar._saved_tensors import keep_sharing, share_within, unshare_within
-from timm_sugar.activation import SUGAR, FunctionalSUGAR
+from timm_sugar.activation import SUGAR, FunctionalSUGAR, sugar_modules
 from timm_sugar.surrogate import SAME, Surrogate, get_surrogate
 
 Chosen = str | Surrogate
@@ -175,7 +175,7 @@ def _sugarize(
         undo_all(changes)
         raise
     if plan and save_memory:
-        share_within(model, [module for module in model.modules() if isinstance(module, SUGAR) and module.save_memory])
+        share_within(model, [module for module in sugar_modules(model) if module.save_memory])
     return changes
 
 

@@ -248,12 +248,13 @@ def test_a_context_that_was_copied_inside_is_outside_after_the_block() -> None:
     torch.testing.assert_close(context.run(gradient, sugar), slopes())
 
 
+def block() -> Iterator[None]:
+    with relu_gradient():
+        yield
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_blocks_of_generators_that_end_in_any_order_leave_nothing(order: tuple[int, int]) -> None:
-    def block() -> Iterator[None]:
-        with relu_gradient():
-            yield
-
     blocks: Any = (block(), block())
     for one in blocks:
         next(one)
@@ -264,10 +265,6 @@ def test_blocks_of_generators_that_end_in_any_order_leave_nothing(order: tuple[i
 
 
 def test_a_generator_that_is_closed_in_another_context_ends_its_block() -> None:
-    def block() -> Iterator[None]:
-        with relu_gradient():
-            yield
-
     one: Any = block()
     context = contextvars.copy_context()
     context.run(next, one)

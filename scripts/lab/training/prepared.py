@@ -185,6 +185,7 @@ class Prepared:
             decreasing=measure(args).endswith("loss"), max_history=args.checkpoint_hist,
         )  # fmt: skip
         self.folder.keep(saver, self.start_epoch, history)
-        if change := change_of(self.asked, asked(args.given), self.start_epoch):
+        now = asked(args.given)
+        if change := change_of(self.asked, now, self.start_epoch):
             self.folder.log(change)
-            self.asked, self.changes = asked(args.given), [*self.changes, change]
+            self.asked, self.changes = now, [*self.changes, change]
