@@ -161,6 +161,20 @@ def test_file_that_training_started_from_is_kept_by_name_or_relative_path(
     assert yaml.safe_load((folder / "train_args.yaml").read_text())["pretrained_path"] == kept
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [("hfds//data/of/me", "hfds/me"), ("hfds/org/name", "hfds/org/name"), ("wds/../x", "wds/x"), ("",) * 2],
+)
+def test_folder_that_dataset_names_is_kept_by_name(
+    given: str, kept: str, runs: dict[str, Path], tmp_path: Path
+) -> None:
+    run = shutil.copytree(runs["test_resnet_sugar"], tmp_path / "run")
+    settings = yaml.safe_load((run / "args.yaml").read_text())
+    (run / "args.yaml").write_text(yaml.safe_dump({**settings, "dataset": given}))
+    folder = make_folder(run, tmp_path / "models" / "test_resnet_sugar.x")
+    assert yaml.safe_load((folder / "train_args.yaml").read_text())["dataset"] == kept
+
+
 def test_moving_average_is_what_is_published(tmp_path: Path) -> None:
     run = train(tmp_path, "test_resnet_sugar", "--model-ema", "--model-ema-decay", "0.5")
     state = read_checkpoint(run / "last.pth.tar", None)

@@ -275,10 +275,17 @@ def add_int8(folder: Path, measured: dict[str, Any], row: dict[str, Any]) -> Non
 
 
 def _portable(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings without what holds for one machine; of a file outside the working directory only the name."""
+    """Settings without what holds for one machine; of a path outside the working directory only the name."""
     kept = {key: value for key, value in settings.items() if key not in _OF_THE_MACHINE}
-    paths = {key: Path(kept[key]) for key in _STARTED_FROM if kept.get(key)}
-    return kept | {key: path.name for key, path in paths.items() if path.is_absolute() or ".." in path.parts}
+    kept |= {key: _name_outside(kept[key]) for key in _STARTED_FROM if kept.get(key)}
+    kind, slash, name = (kept.get("dataset") or "").partition("/")  # hfds//PATH is a folder
+    return kept | {"dataset": kind + slash + _name_outside(name)} if slash else kept
+
+
+def _name_outside(path: str) -> str:
+    """A path within the working directory; of another one the last part."""
+    parts = Path(path)
+    return parts.name if parts.is_absolute() or ".." in parts.parts else path
 
 
 def _save(
