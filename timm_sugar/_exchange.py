@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from timm_sugar import _torch
-from timm_sugar._places import NAMED_BY_CONFIGS, Place, find_places, is_in_place
+from timm_sugar._places import NAMED_BY_CONFIGS, Place, activation_of, find_places, is_in_place
 from timm_sugar.activation import SUGAR
 from timm_sugar.surrogate import get_surrogate, list_surrogates
 
@@ -91,6 +91,7 @@ class Change:
                 *(vars(SUGAR()) if isinstance(old, SUGAR) else ()),
                 # A type of one's own may call its parameter alpha, too; as an attribute it would hide SUGAR's.
                 *(key for name in list_surrogates() for key in get_surrogate(name).parameters),
+                *(activation_of(new).parameters if isinstance(new, SUGAR) else ()),  # no longer in that list, perhaps
             }
             carried = {k: v for k, v in vars(old).items() if "hook" in k or k not in settings}
             vars(new).update(carried)

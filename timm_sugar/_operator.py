@@ -199,7 +199,7 @@ def _is_recorded(x: Tensor) -> bool:
     return torch.is_grad_enabled() or _torch.in_forward_mode(x)
 
 
-def _constants(values: list[Any]) -> list[Any]:
+def constants(values: list[Any]) -> list[Any]:
     """Numbers and names as constants of the graph, which what is compiled depends on.
 
     torch.compile(dynamic=True) makes arguments of numbers, which fails below, and nested_compile_region, together with
@@ -210,7 +210,7 @@ def _constants(values: list[Any]) -> list[Any]:
 
 def _recomputed(operator: Any, x: Tensor, surrogate: str, values: list[Any], formula: str) -> Tensor:
     """The operator under a compiler: only x is saved, from which the backward pass takes relu(x) too."""
-    surrogate, formula = _constants([surrogate, formula])
+    surrogate, formula = constants([surrogate, formula])
     return checkpoint(operator, x, surrogate, values, formula, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -242,7 +242,7 @@ def apply(x: Tensor, surrogate: str, values: list[float], formula: str) -> Tenso
             if not _is_recorded(x):
                 return F.relu(x)
             if not _torch.is_exporting() and not _torch.in_transform():  # which takes no checkpoint
-                return _recomputed(_operator, x, surrogate, _constants(values), formula)
+                return _recomputed(_operator, x, surrogate, constants(values), formula)
         elif x.layout != torch.strided or x.is_nested:
             return _apply_eagerly(x, surrogate, values, formula)
         elif not _is_recorded(x):

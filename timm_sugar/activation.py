@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from timm_sugar import _torch
 from timm_sugar._compiled import prepare_all, takes_tensors
-from timm_sugar._operator import Block, RunTimeValues, apply, apply_scheduled, block_of_relu_gradient
+from timm_sugar._operator import Block, RunTimeValues, apply, apply_scheduled, block_of_relu_gradient, constants
 from timm_sugar._saved_tensors import find_call, remember_value, share_saved, unshare_within
 from timm_sugar.surrogate import (
     Surrogate,
@@ -67,9 +67,9 @@ def _apply_sharing(
 def relu_gradient() -> Iterator[None]:
     """Let SUGAR backpropagate ReLU's own derivative, e.g. to attribute or to attack what a deployed model computes.
 
-    Both the forward and the backward pass belong inside. Holds for the thread or asynchronous task that enters it. As a
-    decorator it does so for ordinary functions; write `with` inside of `async def`, and in a generator leave the block
-    before each `yield`.
+    Both the forward and the backward pass belong inside. Holds for the thread or asynchronous task that enters it, not
+    for the threads in which nn.DataParallel runs its replicas. As a decorator it does so for ordinary functions; write
+    `with` inside of `async def`, and in a generator leave the block before each `yield`.
 
     Compiled functions run uncompiled inside; set no other stance of the compiler there, with which they keep the
     surrogate's gradient or can't be compiled. What was compiled ahead of time keeps its gradient, too. A task that was
@@ -161,6 +161,7 @@ class SUGAR(nn.Module):
             raise TypeError(f"inplace must be True or False, not {inplace!r}; a surrogate is a keyword argument")
         chosen = get_surrogate(surrogate, **parameters)
         vars(self).update(surrogate=chosen.name, _values=chosen.values, formula=chosen.formula)
+        self.made_with = self.formula  # stays in a pickle that comes back with another formula
         self.run_time: Any = None  # the values for compiled code, once they have been changed
         self.overwrites = False  # whether its value is written into its input, as an in-place ReLU's is
         self.save_memory = save_memory
@@ -176,16 +177,18 @@ class SUGAR(nn.Module):
         given = state.pop("given", None)
         if "_values" not in state:  # as it was called once
             state["_values"] = state.pop("values")
+        state.setdefault("made_with", state.get("formula", ""))
         super().__setstate__({"overwrites": False, "save_memory": False, "scope": None, "run_time": None, **state})
         # Today's, if none of this process was that of the module, as in a pickle of another version.
         known = known_surrogate(self.surrogate, state.get("formula", ""))
         if given is not None and known.formula != self.formula:
             vars(self)["_values"] = [given.get(key, value) for key, value in known.parameters.items()]
-            vars(self)["run_time"] = self.run_time and _run_time(known, self._values)
         self.formula = known.formula
+        vars(self)["run_time"] = _run_time(known, self._values) if self.run_time else None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "given": self._parameters_by_name()}
+        # No tensors of run_time, which torch.load may move, or leave without their values.
+        return {**vars(self), "run_time": self.run_time is not None, "given": self._parameters_by_name()}
 
     def set_surrogate(self, surrogate: str | Surrogate | None = None, **parameters: float) -> None:
         """Exchange the surrogate, or values of its parameters, from the next forward pass on.
@@ -209,6 +212,7 @@ class SUGAR(nn.Module):
             surrogate=chosen.name,
             _values=chosen.values,  # a new list: a backward pass has the values of its forward pass
             formula=chosen.formula,
+            made_with=chosen.formula,
             run_time=_run_time(chosen, chosen.values),
         )
 
@@ -244,6 +248,9 @@ class SUGAR(nn.Module):
         if not torch.jit.is_scripting():  # alone, so that TorchScript skips what it can't compile
             if save_memory and not torch.compiler.is_compiling():
                 return _apply_sharing(x, self.surrogate, self._values, self.formula, self.scope, self)
+            if torch.compiler.is_compiling():
+                # Code that PyTorch keeps on disk has a pickle of this module to compare with, whose formula is today's.
+                constants([self.made_with])
             if self.run_time is not None and torch.compiler.is_compiling() and not _torch.is_exporting():
                 return apply_scheduled(x, self.surrogate, self.run_time, self.formula)
         return apply(x, self.surrogate, self._values, self.formula)

@@ -62,8 +62,8 @@ class SurrogateSchedule:
     """Parameters of a model's surrogates that go from one value to another over the updates of a training.
 
     Sets the first values at once. Changes the SUGAR modules that the model has now: after another `sugarize()` or
-    `to_relu()` make another schedule, for `step` raises RuntimeError then. A CUDA graph that one captures oneself keeps
-    the values of its capture.
+    `to_relu()` make another schedule, for `step` raises RuntimeError then. A copy of the model, as of an average of the
+    weights, keeps the values that it was made with. A CUDA graph that one captures oneself keeps those of its capture.
 
     Args:
         model: any module with SUGAR in it, also a compiled or wrapped one.

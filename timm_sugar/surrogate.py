@@ -32,7 +32,8 @@ _RESERVED = frozenset(
     | {"features_only", "out_indices", "output_stride", "drop_rate", "drop_path_rate", "drop_block_rate", "act_layer"}
     | {"shape", "updates"}
     | {"norm_layer", "width", "scale", "depth", "embed_dim", "device", "dtype"}
-    | {"values", "formula", "scope", "overwrites", "run_time", "training", "set_surrogate", *dir(torch.nn.Module)}
+    | {"values", "formula", "scope", "overwrites", "run_time", "made_with", "training", "set_surrogate"}
+    | {*dir(torch.nn.Module)}
 )
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -177,3 +180,55 @@ def test_a_pickle_of_a_process_with_another_order_of_the_parameters(
     loaded = pickle.loads(content)
     call = torch.compile(loaded, backend="aot_eager", fullgraph=True) if compiled else loaded
     torch.testing.assert_close(gradient(call), new(X, 0.25, 3.0))
+
+
+class Swish(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = 5.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.a * x)
+
+
+def test_a_parameter_that_only_the_old_formula_has_is_not_hidden_by_the_activation_before() -> None:
+    register(old)
+    held = get_surrogate("mine")
+    register_surrogate("mine", derivative=lambda x, c: torch.tanh(c * x).square(), c=1.0, overwrite=True)
+    model = timm_sugar.sugarize(nn.Sequential(nn.Identity(), Swish()), held, types=[Swish])
+    assert model[1].a == 2.0
+    model[1].a = 3.0
+    torch.testing.assert_close(gradient(model), old(X, 3.0, 0.5))
+
+
+PRECOMPILED = """
+import sys, torch, timm_sugar
+from torch import nn
+torch._dynamo.config.caching_precompile = True
+formulas = {"old": lambda x, a: torch.sigmoid(a * x), "new": lambda x, a: 3 * torch.sigmoid(-a * x)}
+timm_sugar.register_surrogate("mine", derivative=formulas[sys.argv[1]], a=1.3)
+model = nn.Sequential(nn.Identity(), timm_sugar.SUGAR(surrogate="mine"))
+x = torch.linspace(-2, 2, 5, dtype=torch.float64, requires_grad=True)
+print(*torch.autograd.grad(torch.compile(model)(x).sum(), x)[0].tolist())
+torch.compiler.save_cache_artifacts()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(torch._dynamo.config, "caching_precompile"), reason="this torch keeps no such code")
+def test_code_that_torch_kept_on_disk_is_not_that_of_another_formula(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    runs = [
+        subprocess.run([sys.executable, "-c", PRECOMPILED, name], capture_output=True, text=True, check=False)
+        for name in ("old", "old", "new")
+    ]
+    x = torch.linspace(-2, 2, 5, dtype=torch.float64)
+    expected = [torch.sigmoid(1.3 * x)] * 2 + [3 * torch.sigmoid(-1.3 * x)]
+    for run, slope in zip(runs, expected, strict=True):
+        if run.returncode:  # PyTorch's own fault, which any module has whose guards differ from those on disk
+            assert "already exists in scope" in run.stderr
+            continue
+        torch.testing.assert_close(torch.tensor([*map(float, run.stdout.split())], dtype=torch.float64), slope)
+    assert runs[0].returncode == 0

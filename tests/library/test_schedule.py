@@ -6,9 +6,11 @@ from __future__ import annotations
 import copy
 import functools
 import gc
+import io
 import math
 import pickle
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -384,6 +386,29 @@ def test_values_that_are_set_in_inference_mode_train() -> None:
     x = torch.tensor([-1.0], requires_grad=True)
     torch.compile(module, backend="aot_eager")(x).sum().backward()
     torch.testing.assert_close(x.grad, torch.tensor([-0.25]))
+
+
+@pytest.mark.parametrize("without", ["values", "a device"])
+def test_values_are_right_in_compiled_code_after_a_load_that_brings_no_tensors(without: str) -> None:
+    model = set_surrogate(nn.Sequential(nn.Linear(8, 8, dtype=torch.float64), SUGAR(surrogate="nelu")), alpha=0.5)
+    file, x = io.BytesIO(), torch.randn(4, 8, dtype=torch.float64)
+    with torch.serialization.skip_data() if without == "values" else nullcontext():
+        torch.save(model, file)
+    file.seek(0)
+    loaded = torch.load(file, map_location="meta" if without == "a device" else None, weights_only=False)
+    loaded.load_state_dict(model.state_dict(), assign=True)
+    before = model[0](x)
+    expected = slope(before, "nelu", alpha=0.5) @ model[0].weight
+    torch.testing.assert_close(gradient(torch.compile(loaded, backend="aot_eager"), x), expected, **EXACT)
+
+
+def test_a_copy_that_is_made_in_inference_mode_trains() -> None:
+    module = SUGAR(surrogate="nelu")
+    module.set_surrogate(alpha=0.5)
+    with torch.inference_mode():
+        copied = copy.deepcopy(module)
+    x = torch.tensor([-1.0])
+    torch.testing.assert_close(gradient(torch.compile(copied, backend="aot_eager"), x), torch.tensor([-0.25]))
 
 
 @pytest.mark.parametrize(
