@@ -68,6 +68,8 @@ def evaluate(model: nn.Module, loader: Any, args: argparse.Namespace, device: to
             with autocast():
                 output = model(x)
             evaluator.update(output, y)
+    if not evaluator.num_samples:
+        raise UserError("the data gave no image")
     metrics = evaluator.compute()  # waits for the device
     if not math.isfinite(metrics["loss"]):
         raise UserError(f"the loss is {metrics['loss']}, so this model's outputs or weights are not finite")

@@ -33,7 +33,7 @@ from lab.release.card import CARD, CONFIG, card
 from lab.release.checks import LARGEST_IMAGE, check
 from lab.release.hub import check_token, plan, push
 from lab.release.stage import TrainedRun, add_int8, add_twin, check_is_of, check_original, stage
-from lab.training.data import class_to_idx, open_dataset
+from lab.training.data import check_same_classes, class_names, open_dataset
 
 from timm_sugar import __version__
 from timm_sugar.models._weights import MODEL_CARDS, ORG, WEIGHTS, WEIGHTS_FILE, describe
@@ -56,11 +56,15 @@ def evaluate(data: str | None, *options: str) -> dict[str, Any]:
 
 
 def labels_of(run: TrainedRun, data: str | None) -> list[str]:
-    """Names of the classes of a run's data, in the order of its outputs. Raises UserError if these have none."""
-    classes = class_to_idx(open_split(run, data))
-    if not classes:
+    """Names of the classes of a run's data, in the order of its outputs.
+
+    Raises UserError if these have none, or are others than those that the run was trained on.
+    """
+    dataset = open_split(run, data)
+    if not (labels := class_names(dataset)):
         raise UserError("the data set doesn't name its classes: give --data-dir and a folder of images")
-    return [str(label) for label, _ in sorted(classes.items(), key=lambda item: item[1])]
+    check_same_classes(run.classes, dataset, str(run.folder), "give the --data-dir that it was trained on")
+    return labels
 
 
 def open_split(run: TrainedRun, data: str | None) -> Any:

@@ -63,6 +63,8 @@ def outside(error: OSError) -> str:
     """The line for what the machine refuses; raises the error again if it is anything else, and so a bug."""
     if error.errno in _NO_MORE:
         return f"can't write: {error.strerror}"
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "too many open files: give fewer --workers, or raise the limit (ulimit -n)"
     if error.errno in _NO_ENTRY and error.filename:
         return f"can't use {error.filename}: {error.strerror}"
     raise error

@@ -35,14 +35,16 @@ def environment(device: str) -> dict[str, str]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all: a kill or a full disk leaves the old one. A device is written to."""
+    """Write a file whole or not at all: a kill or a full disk leaves the old one. A device is written to, no link."""
     content = content.encode() if isinstance(content, str) else content
     if path.is_char_device() or path.is_fifo():  # which a new file would replace
         path.write_bytes(content)
         return
     partial_path = path.with_name(f"tmp-{path.name}")
     try:
-        partial_path.write_bytes(content)
+        partial_path.unlink(missing_ok=True)  # left by a kill, or a link to another file
+        with open(partial_path, "xb") as file:
+            file.write(content)
         os.replace(partial_path, path)
     except OSError:  # a full disk, or a folder of that name
         partial_path.unlink(missing_ok=True)

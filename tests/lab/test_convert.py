@@ -348,3 +348,12 @@ def test_mistakes_are_one_line(
     argv += ["--data-dir", str(data), "--output", str(tmp_path / "runs"), "--device", "cpu", "-j", "0"]
     assert message in error_line(convert.main, argv, capsys)
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_original_of_other_classes_is_refused(
+    original: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = make_images(tmp_path / "other", classes=("x", "y", "z"))
+    argv = [*options(original, tmp_path / "runs"), "--data-dir", str(other)]
+    assert f"{original} was trained on other classes (cat, not x)" in error_line(convert.main, argv, capsys)
+    assert not (tmp_path / "runs").exists()

@@ -222,3 +222,24 @@ def test_a_connection_that_breaks_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "can't create model" in done.stderr.splitlines()[-1]
+
+
+def test_other_classes_than_those_that_were_trained_on_are_refused(
+    run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = shutil.copytree(data, tmp_path / "other")
+    for split in ("train", "validation"):
+        (other / split / "cat").rename(other / split / "zebra")  # which comes last
+    argv = ["--checkpoint", str(run), "--data-dir", str(other), *FAST]
+    assert "was trained on other classes (cat, not dog): is this the data?" in error_line(evaluate.main, argv, capsys)
+    (tmp_path / "map.txt").write_text("zebra\ndog\nowl\n")
+    again = result(
+        ["--checkpoint", str(run), "--data-dir", str(other), "--class-map", str(tmp_path / "map.txt")], tmp_path
+    )
+    assert again["top1"] == result(["--checkpoint", str(run), "--data-dir", str(data)], tmp_path)["top1"]
+    model = timm.create_model("test_resnet_sugar", num_classes=3)
+    save_for_hf(
+        model, str(tmp_path / "m"), model_config={"label_names": ["cat", "dog", "owl"]}, safe_serialization=True
+    )
+    argv[1] = str(tmp_path / "m")
+    assert "was trained on other classes (cat, not dog)" in error_line(evaluate.main, argv, capsys)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import csv
 import os
+import resource
 import shlex
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from lab.cli import UserError, real, whole, yaml_options
+from lab.cli import Parser, UserError, real, whole, yaml_options
 from lab.experiments.table import TABLES, list_tables, load_table
 from lab.training.options import build_parser, find_unused, parse_args
 from scripting import SCRIPTS, error_line, load_script
@@ -224,3 +227,16 @@ def test_a_stdout_that_takes_no_more_is_one_line_of_every_script(word: str, unbu
             command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True, check=False, timeout=200
         )
     assert (done.returncode, done.stderr) == (2, "x.py: error: can't write: No space left on device\n")
+
+
+def test_too_many_open_files_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def run(_: argparse.Namespace) -> None:
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (16, limit[1]))
+        try:
+            kept = [open(os.devnull) for _ in range(16)]
+            assert not kept
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+    assert "too many open files: give fewer --workers" in error_line(partial(Parser("x.py").run, run), [], capsys)

@@ -72,6 +72,16 @@ def test_staged_folder_has_what_was_measured_of_run_and_twin(root: Path) -> None
     assert "--config train_args.yaml" in card
 
 
+def test_a_model_does_not_get_the_names_of_other_classes(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = next(path for path in root.iterdir() if path.name == "test_resnet_sugar")
+    argv = ["stage", str(run), "--tag", "x", "--dataset", "toys", "--models", str(tmp_path / "models"), "--org", "me"]
+    line = error_line(publish.main, [*argv, "--data-dir", str(root / "other")], capsys)
+    assert f"{run} was trained on other classes (cat, not x): give the --data-dir that it was trained on" in line
+    assert not (tmp_path / "models").exists()
+
+
 def test_model_is_measured_on_the_images_that_its_run_was(root: Path, tmp_path: Path) -> None:
     """Those of --val-split, with the classes in the order of --class-map."""
     make_images(tmp_path / "data")

@@ -86,6 +86,27 @@ def test_folders_of_an_export_that_was_killed_are_gone_after_the_run_goes_on(mov
     assert [path.name for path in moved.iterdir() if path.is_dir()] == ["mine"]
 
 
+@pytest.mark.parametrize("name", ["train.log", "tmp-args.yaml", "tmp-summary.csv", "tmp.pth.tar"])
+def test_nothing_is_written_through_a_link(
+    name: str, moved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine").write_text("precious")
+    (moved / name).unlink(missing_ok=True)
+    (moved / name).symlink_to(tmp_path / "mine")
+    line = error_line(train.main, ["--resume", str(moved), "--epochs", "2"], capsys)
+    assert f"{moved / name} is a link" in line
+    assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_a_file_is_not_written_through_a_link_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("precious")
+    (tmp_path / "tmp-a.csv").symlink_to(tmp_path / "mine")
+    write_atomically(tmp_path / "a.csv", "content")
+    assert (tmp_path / "mine").read_text() == "precious"
+    assert (tmp_path / "a.csv").read_text() == "content"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "mine"]
+
+
 def test_another_experiment_forks_and_says_so(moved: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = contents(moved)
     assert train.main(["--resume", str(moved), "--experiment", "fork", "--epochs", "2"]) == 0
@@ -159,7 +180,7 @@ def test_a_fork_that_ended_before_its_first_checkpoint_is_not_begun_from_other_w
 
     with monkeypatch.context() as patch:
         patch.setattr("lab.training.seal.SealedSaver.save_checkpoint", full)
-        assert f"make room, then remove {fork} and give the same command again" in error_line(train.main, argv, capsys)
+        assert f"mend that, then remove {fork} and give the same command again" in error_line(train.main, argv, capsys)
     for resume in (["--resume", str(fork)], ["--resume", "auto", "--output", str(fork.parent), "--experiment", "fork"]):
         assert "ended before its first checkpoint: remove it" in error_line(train.main, resume, capsys)
     shutil.rmtree(fork)

@@ -86,6 +86,7 @@ class TrainedRun:
         if "original" in known:  # a conversion, whose model is the original's ReLU self
             self.settings["model"] = known["model"]
         self.changes: list[str] = list(known.get("changes", ()))  # of options, when it was resumed
+        self.classes: list[str] | None = known.get("classes")  # that it was trained on, if its data named them
         self.teacher: str | None = known.get("teacher")  # of a conversion, the digest of the original's weights
         check_model(state, folder / "last.pth.tar", self.settings["model"])
         self.published = self.settings | ({"img_size": img_size, "input_size": None} if img_size else {})

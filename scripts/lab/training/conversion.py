@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lab.cli import Parser, UserError, as_options, explained
 from lab.files import read_rows
+from lab.training.data import check_same_classes
 from lab.training.groups import x
 from lab.training.loading import INHERITED, find_file, load_weights
 from lab.training.options import parse_args
@@ -151,6 +152,10 @@ class Conversion(Run):
 
     def create_task(self, model: Any, loss: dict[str, Any]) -> Any:
         """The labels, and if it has a weight the original's outputs."""
+        if self.args.checkpoint:
+            known = load_weights(find_file(Path(self.args.checkpoint)), ema=True)[2].get("classes")
+            advice = "convert it on the data it knows, then use the result as --initial-checkpoint of scripts/train.py"
+            check_same_classes(known, self.train_loader.dataset, self.args.checkpoint, advice)
         if not self.args.distill:
             return super().create_task(model, loss)
         teacher = DistillationTeacher(self.teacher, device=self.device)

@@ -7,12 +7,14 @@ import os
 import random
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from PIL import Image
 from timm.data import ImageDataset, create_dataset
 from timm.data.readers.reader_image_folder import ReaderImageFolder
+from timm.data.readers.reader_wds import ReaderWds
+from timm.utils import natural_key
 from torch.utils.data import Dataset, IterableDataset
 
 from lab.cli import UserError, one_line
@@ -33,8 +35,8 @@ def open_dataset(name: str, root: str | None, split: str, *, skip_broken: bool =
     """`timm.data.create_dataset(name, root, split, **options)`, checked.
 
     Raises DataError for a name that timm doesn't know, for a folder that is missing, empty, has no such split or no
-    class folders, and, when the image is read, for one that can't be decoded; with `skip_broken` the next readable
-    image takes its place, as in timm.
+    class folders, or two whose names timm can't order, for a shard that is missing, and, when the image is read, for
+    one that can't be decoded; with `skip_broken` the next readable image takes its place, as in timm.
     """
     prefix, slash, _ = name.partition("/")
     if name and not (slash and prefix.lower() in _PREFIXES):
@@ -56,6 +58,9 @@ def open_dataset(name: str, root: str | None, split: str, *, skip_broken: bool =
         raise DataError(f"--class-map {given}: a line is empty, or a class stands there twice")
     if "" in classes:
         raise DataError(f"images of split {split} lie directly in {root}: put each class into a folder of its own")
+    if not name and not given:
+        _check_order(list(classes))
+    _check_shards(dataset)
     return _CheckedImages(dataset, skip_broken) if isinstance(dataset, ImageDataset) else dataset
 
 
@@ -64,8 +69,26 @@ def class_to_idx(dataset: Any) -> dict[str, int] | None:
     return getattr(getattr(dataset, "reader", dataset), "class_to_idx", None)
 
 
+def class_names(dataset: Any) -> list[str]:
+    """The names of the classes in the order of their indices; none if the data set doesn't tell."""
+    classes = class_to_idx(dataset) or {}
+    return [str(name) for name, _ in sorted(classes.items(), key=lambda item: item[1])]
+
+
+def check_same_classes(known: list[str] | None, dataset: Any, what: str, advice: str) -> None:
+    """Raises DataError if `what` was trained on other classes than the data set's, or in another order."""
+    names = class_names(dataset)
+    if known and names and known != names:
+        differ = [f"{old}, not {new}" for old, new in zip(known, names, strict=False) if old != new]
+        first = differ[0] if differ else f"{len(known)}, not {len(names)}"
+        raise DataError(f"{what} was trained on other classes ({first}): {advice}")
+
+
 def check_classes(train: Any, validation: Any, num_classes: int) -> None:
-    """Raises DataError if two splits don't have the same classes or a model has too few outputs for them."""
+    """Raises DataError if two splits don't have the same classes or a model has too few outputs for them.
+
+    Where the data doesn't tell its classes, so does the label of an example, when it is read.
+    """
     classes, other = class_to_idx(train), class_to_idx(validation)
     for names, rest, split in ((classes, other, "validation"), (other, classes, "training")):
         missing = sorted(map(str, set(names or ()) - set(rest or ()))) if names and rest else []
@@ -74,6 +97,8 @@ def check_classes(train: Any, validation: Any, num_classes: int) -> None:
             raise DataError(f"{len(missing)} of {len(names or ())} classes are missing in the {split} split: {listed}")
     for dataset in (train, validation):
         _check_class_folders(dataset)
+        if not class_to_idx(dataset) and getattr(dataset, "target_transform", ...) is None:
+            dataset.target_transform = _CheckedLabel(num_classes)
     count = max((classes or other or {"": 0}).values()) + 1
     if count > num_classes:
         raise DataError(f"the data has {count} classes but the model has {num_classes} outputs: --num-classes {count}")
@@ -124,10 +149,36 @@ def _check_folder(root: str | None, split: str) -> None:
     _check_links(split_folder(path, split))
 
 
+def _check_order(classes: list[str]) -> None:
+    """Raises DataError for classes that timm orders by chance, which is another one in each process."""
+    known: dict[tuple[Any, ...], str] = {}
+    for name in sorted(classes):
+        other = known.setdefault(tuple(natural_key(name)), name)
+        if other != name:
+            raise DataError(
+                f"classes {other} and {name} differ in nothing by which timm orders them (capitals, leading zeros): "
+                "rename one, or give all in order with --class-map FILE"
+            )
+
+
+def _check_shards(dataset: Any) -> None:
+    """Raises DataError for a file of a WebDataset that isn't there: timm would go on without it."""
+    reader = getattr(dataset, "reader", None)
+    for shard in reader.split_info.filenames if isinstance(reader, ReaderWds) else ():
+        path = os.path.join(reader.root, shard)
+        if "://" not in path and not path.startswith("pipe:") and not os.path.isfile(path):
+            raise DataError(f"there is no {path}: name files that are there, e.g. 'train-{{0000..0003}}.tar'")
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    """What a walk through folders does about one that can't be read: timm would go on without its images."""
+    raise DataError(f"can't read folder {error.filename}: {error.strerror}") from error
+
+
 def _check_links(folder: Path) -> None:
     """Raises DataError for a link that leads back to where it is: timm would follow it round and round."""
     known: dict[Path, tuple[int, int]] = {}
-    for name, _, _ in os.walk(folder, followlinks=True):
+    for name, _, _ in os.walk(folder, onerror=_unreadable, followlinks=True):
         path = Path(name)
         info = path.stat()
         known[path] = info.st_dev, info.st_ino
@@ -192,12 +243,25 @@ class RandomPart(Dataset[Any]):
         return self.dataset[self.indices[index]]
 
 
+class _CheckedLabel:
+    """Returns a label; raises DataError for one that a model has no output for."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+
+    def __call__(self, label: Any) -> Any:
+        if not 0 <= int(label) < self.num_classes:
+            raise DataError(f"there is a label {int(label)}, but the model has outputs 0 to {self.num_classes - 1}")
+        return label
+
+
 class _CheckedImages(Dataset[Any]):
     """timm's ImageDataset, except that an unreadable image doesn't become its neighbour in silence."""
 
     def __init__(self, dataset: ImageDataset, skip_broken: bool) -> None:
         self.reader, self.mode, self.skip_broken = dataset.reader, dataset.input_img_mode, skip_broken
         self.transform = dataset.transform  # set by create_loader
+        self.target_transform = dataset.target_transform
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -215,7 +279,7 @@ class _CheckedImages(Dataset[Any]):
                     raise DataError(f"can't read image {name} ({error}); remove it or --skip-broken-images") from error
                 _logger.warning("skipped image %s (%s)", name, error)
             else:
-                return self._prepare(image, i), target
+                return self._prepare(image, i), self.target_transform(target) if self.target_transform else target
         raise DataError("no image of the data set can be read")
 
     def _prepare(self, image: Image.Image, index: int) -> Any:

@@ -59,6 +59,9 @@ class RunFolder:
                 raise UserError(f"another process trains in {self.path}: wait for it or end it") from None
             for left in self.path.glob("tmp-*-*/"):  # by an export that was killed
                 shutil.rmtree(left, ignore_errors=True)
+            for path in self.path.iterdir():
+                if path.is_symlink():  # what is written there would go elsewhere
+                    raise UserError(f"{path} is a link: put a copy of the file there")
 
     def check_unused(self) -> None:
         """Raises UserError if there are files of another run."""
@@ -153,7 +156,7 @@ class RunFolder:
                 with suppress(OSError):
                     path.unlink()
             reason = " ".join(str(error).split())
-            raise UserError(f"can't save to {self.path} ({reason}); make room, then {self.resume_command}") from error
+            raise UserError(f"can't save to {self.path} ({reason}); mend that, then {self.resume_command}") from error
 
     def log(self, line: str) -> None:
         """Print a line, and add it to train.log."""

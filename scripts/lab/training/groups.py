@@ -84,7 +84,7 @@ def add_data(add: Add) -> None:
     add("--target-key", metavar="KEY", help="name of the label column (hfds, wds)")
     add("--train-num-samples", **n(1), help="size of an iterable data set (wds, hfids)")
     add("--val-num-samples", **n(1), help="size of an iterable data set (wds, hfids)")
-    skip = "take the next image for one that can't be read (timm: always); without it the run stops and names the file"
+    skip = "take the next image for one that can't be read, as timm and wds/ always do; else the run stops and names it"
     add("--skip-broken-images", **FLAG, help=skip)
     add("-j", "--workers", **n(0, 256, default=4), help="loader processes (default: %(default)s)")
     add("--pin-mem", **FLAG)

@@ -16,7 +16,7 @@ from timm.models import clean_state_dict, create_model, resolve_model_input_args
 from torch import nn
 
 from lab.cli import KeyValues, Parser, UserError, as_options, choose_device, explained, import_modules
-from lab.training.data import RandomPart, check_classes, open_dataset
+from lab.training.data import RandomPart, check_classes, check_same_classes, open_dataset
 from lab.training.groups import add_images, n
 from lab.training.options import check_channels
 from lab.training.runs import DAMAGE, check_numbers, load_file
@@ -53,7 +53,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("--class-map", metavar="FILE")
     add("--input-key", metavar="KEY")
     add("--target-key", metavar="KEY")
-    add("--skip-broken-images", action="store_true", help="take the next image for one that can't be read")
+    add(
+        "--skip-broken-images",
+        action="store_true",
+        help="take the next image for one that can't be read, as wds/ always does",
+    )
     add("--num-classes", **n(1))
     add("--gp", metavar="POOL", help="global pooling")
     add_images(add)
@@ -136,14 +140,16 @@ def inherit(args: argparse.Namespace, settings: dict[str, Any]) -> None:
 def load_model(args: argparse.Namespace) -> tuple[nn.Module, str]:
     """The model with its weights, and a description of these; options that a checkpoint knows go into `args`.
 
-    Raises UserError if there is no such model or checkpoint, or they don't fit each other.
+    So do the names of its classes, as `classes`, unless a --class-map says which the data has. Raises UserError if
+    there is no such model or checkpoint, or they don't fit each other.
     """
-    weights = None
+    weights, mapped, args.classes = None, bool(args.class_map), None
     if args.checkpoint and (Path(args.checkpoint) / "config.json").exists():
         args.model = f"local-dir:{args.checkpoint}"
     elif args.checkpoint:
         weights, source, settings = load_weights(find_file(Path(args.checkpoint)), not args.no_ema)
         inherit(args, settings)
+        args.classes = None if mapped else settings.get("classes")
     check_channels(args)
     if not args.model:
         raise UserError("which model? Give --model NAME, or --checkpoint with a file or folder of scripts/train.py")
@@ -153,6 +159,9 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, str]:
         kwargs = resolve_model_input_args(args.model, vars(args), **options)
         model = create_model(pretrained=weights is None, **kwargs)
     if weights is None:
+        known: Any = model.pretrained_cfg
+        labels = known.get("label_names") if args.checkpoint and not mapped else None
+        args.classes = labels if isinstance(labels, (list, tuple)) else None
         return model, f"published weights of {args.model}"
     with explained(f"{source} doesn't fit model {args.model}", *DAMAGE):
         weights = clean_state_dict(weights)
@@ -183,6 +192,8 @@ def open_loader(
         input_img_mode="RGB" if config["input_size"][0] == 3 else "L",
     )
     check_classes(dataset, dataset, model.num_classes)
+    advice = "is this the data? If so, name its classes in the order of the model's with --class-map FILE"
+    check_same_classes(args.classes, dataset, str(args.checkpoint), advice)
     if images:
         dataset = RandomPart(dataset, images)
     names = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")

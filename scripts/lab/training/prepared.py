@@ -19,14 +19,13 @@ from timm.utils import NativeScaler, init_distributed_device, unwrap_model
 import timm_sugar  # noqa: F401  registers the models
 from lab.cli import UserError, explained
 from lab.files import environment
-from lab.training.data import class_to_idx
+from lab.training.data import check_same_classes, class_names
 from lab.training.folder import RunFolder
 from lab.training.runs import (
     DAMAGE,
     asked,
     change_of,
     check_numbers,
-    check_same_classes,
     check_unchanged,
     find_checkpoint,
     is_saved,
@@ -84,7 +83,6 @@ class Prepared:
         with explained(f"can't prepare images for model {args.model}"):
             self.data_config = resolve_data_config(vars(args), model=model)
         self.train_loader, self.eval_loader = build_loaders(args, self.data_config, self.device)
-        self.classes = list(class_to_idx(self.train_loader.dataset) or ())
         check_outputs(model, self.data_config["input_size"], self.device)
         if args.channels_last:
             model.to(memory_format=torch.channels_last)
@@ -134,7 +132,7 @@ class Prepared:
         settings["all_epochs"] = self.epochs  # those of warm-up and cool-down that a schedule adds, too
         settings["environment"] = environment(self.device.type)
         settings["asked"], settings["changes"] = self.asked, self.changes
-        settings["classes"] = self.classes
+        settings["classes"] = class_names(self.train_loader.dataset)
         return argparse.Namespace(**settings)
 
     def prepare_task(self) -> None:
@@ -150,7 +148,8 @@ class Prepared:
         """Load a checkpoint; return the epoch to start with and the state of the saver at the one before."""
         state = read_checkpoint(path, self.args.model)
         check_unchanged(state, self.args, path, Path(self.args.output, self.args.experiment))
-        check_same_classes(state, self.classes, path)
+        known = vars(state.get("args") or argparse.Namespace()).get("classes")
+        check_same_classes(known, self.train_loader.dataset, str(path), "use it as --initial-checkpoint")
         with explained(f"checkpoint {path} doesn't fit model {self.args.model} with these options", *DAMAGE):
             for ema in (False, True) if self.task.has_ema() else (False,):
                 weights = state.get("state_dict_ema", state["state_dict"]) if ema else state["state_dict"]

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data.readers.reader_wds import ReaderWds
 from timm.task import evaluation_sample_limit
 from timm.utils import AverageMeter, dispatch_clip_grad, distribute_bn, random_seed, unwrap_model
 from tqdm import tqdm
 
 from lab.cli import Parser, UserError, explained, import_modules, outside, say
+from lab.training.data import DataError
 from lab.training.divergence import STATUS, Diverged, all_finite, diverged
 from lab.training.prepared import Prepared
 from lab.training.runs import DAMAGE, measure
@@ -30,6 +32,9 @@ def seed_epoch(args: argparse.Namespace, loader: Any, epoch: int) -> None:
     for part in (loader.dataset, loader.sampler):
         if hasattr(part, "set_epoch"):
             part.set_epoch(epoch)
+    reader: Any = getattr(loader.dataset, "reader", None)
+    if isinstance(reader, ReaderWds) and not args.workers:  # would shuffle on from the epoch before
+        reader.ds, reader.worker_seed = None, random.Random(f"{args.seed}/{epoch}/{args.rank}").getrandbits(31)
     if args.mixup_off_epoch and epoch >= args.mixup_off_epoch:
         loader.mixup_enabled = False
 
@@ -136,6 +141,8 @@ class Run(Prepared):
             bar.set_postfix_str(f"loss {losses.avg:.4f}, {speed:.0f} img/s", refresh=False)
             if self.folder and bar.disable and (done % args.log_interval == 0 or done == self.updates):
                 self.folder.log(f"epoch {epoch} update {done}/{self.updates} loss {losses.avg:.4f} {speed:.0f} img/s")
+        if not losses.count:
+            raise DataError("the training split gave no image")
         return self.gather(losses.avg) if args.distributed else losses.avg
 
     def trial(self) -> AbstractContextManager[None]:
@@ -210,6 +217,8 @@ class Run(Prepared):
                 evaluator.update(output, y)
         if args.distributed:
             activations.reduce()
+        if not evaluator.num_samples:
+            raise DataError("the validation split gave no image")
         metrics = dict(evaluator.compute(distributed=args.distributed))
         metrics.update(dead_units=activations.dead, sparsity=activations.sparsity)
         if self.folder:

@@ -133,15 +133,6 @@ def check_unchanged(state: dict[str, Any], args: argparse.Namespace, path: Path,
         raise UserError(f"{path.parent}: {chosen}; add --experiment to go on in another folder")
 
 
-def check_same_classes(state: dict[str, Any], classes: list[str], path: Path) -> None:
-    """Raises UserError if a checkpoint was trained on other classes than those of the data, or in another order."""
-    known = vars(state.get("args") or argparse.Namespace()).get("classes") or classes
-    if classes and known != classes:
-        differ = [f"{old}, not {new}" for old, new in zip(known, classes, strict=False) if old != new]
-        first = differ[0] if differ else f"{len(known)}, not {len(classes)}"
-        raise UserError(f"{path} was trained on other classes ({first}): use it as --initial-checkpoint")
-
-
 # Options by which a run that is resumed doesn't change: of the machine, of what is shown, of how it began.
 _WITHOUT_EFFECT = frozenset(
     {"data_dir", "output", "experiment", "device", "workers", "pin_mem", "log_interval", "checkpoint_hist"}
