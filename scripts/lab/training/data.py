@@ -163,7 +163,7 @@ def _check_order(classes: list[str]) -> None:
 
 def _check_shards(dataset: Any) -> None:
     """Raises DataError for a file of a WebDataset that isn't there: timm would go on without it."""
-    reader = getattr(dataset, "reader", None)
+    reader: Any = getattr(dataset, "reader", None)
     for shard in reader.split_info.filenames if isinstance(reader, ReaderWds) else ():
         path = os.path.join(reader.root, shard)
         if "://" not in path and not path.startswith("pipe:") and not os.path.isfile(path):
