@@ -8,20 +8,14 @@ import os
 import re
 import struct
 import zlib
-from argparse import Namespace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-import timm
 from lab.training.data import DataError, check_classes, class_to_idx, open_dataset, read_image
-from lab.training.run import seed_epoch
 from PIL import Image
 from scripting import TINY, error_line, load_script, make_images
-from timm.data import IterableImageDataset
-from timm.data.readers.reader_wds import ReaderWds
 
 train, evaluate = load_script("train"), load_script("evaluate")
 
@@ -272,74 +266,3 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(DataError, match=f"can't read folder {denied}: Permission denied"):
         open_dataset("", str(images), "train")
-
-
-class Stream(ReaderWds):
-    """timm's reader of a WebDataset, which needs that package, with other content."""
-
-    def __init__(self, root: Path | str, labels: list[int], files: list[str]) -> None:
-        self.root, self.labels, self.split_info = str(root), labels, SimpleNamespace(filenames=files)
-        self.class_to_idx: dict[str, int] = {}
-        self.ds: Any = None
-        self.worker_seed = 0
-
-    def set_epoch(self, count: int) -> None:
-        pass
-
-    def set_loader_cfg(self, num_workers: int | None = None) -> None:
-        pass
-
-    def __iter__(self) -> Any:
-        for label in self.labels:
-            yield Image.new("RGB", (32, 32)), label
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-def stream(root: Path | str, labels: list[int], monkeypatch: pytest.MonkeyPatch, files: tuple[str, ...] = ()) -> Any:
-    found = IterableImageDataset(root, reader=Stream(root, labels, list(files)))
-    monkeypatch.setattr("lab.training.data.create_dataset", lambda *_, **__: found)
-    return open_dataset("wds/", str(root), "x")
-
-
-def test_a_shard_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.tar").touch()
-    stream(tmp_path, [0], monkeypatch, ("a.tar",))
-    stream("https://x", [0], monkeypatch, ("a.tar",))
-    with pytest.raises(DataError, match=f"there is no {tmp_path / 'b.tar'}"):
-        stream(tmp_path, [0], monkeypatch, ("a.tar", "b.tar"))
-
-
-@pytest.mark.parametrize("label", [2, -1])
-def test_a_label_without_an_output_is_named(label: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = stream(tmp_path, [0, 1, label], monkeypatch)
-    check_classes(dataset, dataset, 2)
-    with pytest.raises(DataError, match=f"there is a label {label}, but the model has outputs 0 to 1"):
-        list(dataset)
-
-
-@pytest.mark.parametrize("labels", [[0, 1, 5], []])
-def test_evaluation_of_a_stream_with_odd_labels_or_nothing_is_one_line(
-    labels: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    stream(tmp_path, labels, monkeypatch)
-    model = timm.create_model("test_resnet_sugar", num_classes=2)
-    monkeypatch.setattr("lab.training.loading.create_model", lambda **_: model)
-    argv = ["--model", "test_resnet_sugar", "--num-classes", "2", "--img-size", "32", "--dataset", "wds/"]
-    line = error_line(evaluate.main, [*argv, "--data-dir", str(tmp_path), "-j", "0"], capsys)
-    assert ("there is a label 5" if labels else "the data gave no image") in line
-
-
-def test_a_stream_without_workers_is_shuffled_anew_in_each_epoch(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dataset = stream(tmp_path, [0], monkeypatch)
-    loader = SimpleNamespace(dataset=dataset, sampler=None)
-    seeds = []
-    for epoch in (0, 1, 0):
-        dataset.reader.ds = "of the epoch before"
-        seed_epoch(Namespace(seed=3, rank=0, workers=0, mixup_off_epoch=0), loader, epoch)
-        assert dataset.reader.ds is None
-        seeds.append(dataset.reader.worker_seed)
-    assert seeds[0] == seeds[2] != seeds[1]
