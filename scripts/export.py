@@ -92,6 +92,7 @@ def calibration_batches(args: argparse.Namespace, model: nn.Module) -> list[Imag
             raise UserError(f"--calibration: {scored} is scored, and ranges taken from its images flatter the score")
     options = copy.copy(args)
     options.data_dir, options.dataset, options.val_split = args.calibration, "", "train"
+    options.classes = None  # no labels are needed
     loader, _ = open_loader(options, model, CPU, args.calibration_images)
     images = np.concatenate([images.numpy() for images, _ in loader])
     if len(images) < LEAST_IMAGES:

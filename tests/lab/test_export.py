@@ -172,3 +172,11 @@ def test_a_users_mistake_is_one_line(
     words = [option.format(data=data, few=few) for option in options]
     assert word in error_line(script.main, [*TINY, "--checkpoint", str(tmp_path / "weights.pth"), *words], capsys)
     assert not list(tmp_path.glob("*.onnx"))
+
+
+def test_images_to_calibrate_on_may_be_of_other_classes(model: nn.Module, tmp_path: Path) -> None:
+    argv = [*TINY, "--calibration", str(make_images(tmp_path / "more", classes=("x", "y"))), "-j", "0"]
+    args = script.build_parser().parse_args(argv)
+    args.classes = ["cat", "dog", "owl"]  # of the checkpoint
+    batches = script.calibration_batches(args, model)
+    assert sum(map(len, batches)) == 16

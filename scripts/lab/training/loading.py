@@ -65,6 +65,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add("-j", "--workers", **n(0, 256, default=4), help="loader processes (default: %(default)s)")
     add("--device", metavar="NAME", help="(default: the first of cuda, mps, cpu)")
     add("--device-modules", nargs="+", metavar="MODULE", help="modules to import first (default: those of the run)")
+    parser.set_defaults(classes=None)  # those of a checkpoint, which `load_model` finds
 
 
 def add_compare(parser: argparse.ArgumentParser, images: int | None) -> None:
@@ -143,7 +144,7 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, str]:
     So do the names of its classes, as `classes`, unless a --class-map says which the data has. Raises UserError if
     there is no such model or checkpoint, or they don't fit each other.
     """
-    weights, mapped, args.classes = None, bool(args.class_map), None
+    weights, mapped = None, bool(args.class_map)
     if args.checkpoint and (Path(args.checkpoint) / "config.json").exists():
         args.model = f"local-dir:{args.checkpoint}"
     elif args.checkpoint:
@@ -161,7 +162,7 @@ def load_model(args: argparse.Namespace) -> tuple[nn.Module, str]:
     if weights is None:
         known: Any = model.pretrained_cfg
         labels = known.get("label_names") if args.checkpoint and not mapped else None
-        args.classes = labels if isinstance(labels, (list, tuple)) else None
+        args.classes = [*labels] if isinstance(labels, (list, tuple)) else None
         return model, f"published weights of {args.model}"
     with explained(f"{source} doesn't fit model {args.model}", *DAMAGE):
         weights = clean_state_dict(weights)
