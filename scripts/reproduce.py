@@ -40,7 +40,7 @@ from lab.experiments.rows import Busy, collect, locked, read_results
 from lab.experiments.run import TableRun, start_of
 from lab.experiments.subset import make_noise, make_subset
 from lab.experiments.table import TABLES, Key, Table, list_tables, load_table
-from lab.experiments.tuning import tuning_of
+from lab.experiments.tuning import pending_runs, tuning_of
 from lab.files import read_rows
 from lab.training.data import open_dataset
 from lab.training.groups import n
@@ -118,14 +118,11 @@ class Work:
         rows = read_results(self.table, self.args.results)
         if self.args.rerun:
             rows = {key: row for key, row in rows.items() if key in self.fresh}
-        tuning = tuning_of(self.table, rows)
-        if tuning and not tuning.done:
-            wanted = tuning.pending
-            if not any(key.variant in self.variants for key in wanted):
-                self.say("the final runs wait for the tuning of all variants: leave out --only")
-        else:
-            wanted = [key for key in self.table.final_keys(tuning and tuning.best) if key not in rows]
-        return [key for key in wanted if key.variant in self.variants]
+        wanted = pending_runs(self.table, rows)
+        own = [key for key in wanted if key.variant in self.variants]
+        if not own and any(key.phase == "tune" for key in wanted):
+            self.say("the final runs wait for the tuning of all variants: leave out --only")
+        return own
 
     def say(self, text: str) -> None:
         """Print a line, once."""

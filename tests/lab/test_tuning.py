@@ -13,6 +13,7 @@ from lab.cli import UserError
 from lab.experiments.rows import read_results
 from lab.experiments.run import TableRun
 from lab.experiments.table import Key, Table, Tune, load_table
+from lab.experiments.tuned import body
 from lab.experiments.tuning import tuning_of
 from lab.files import read_rows
 from scripting import error_line, make_images
@@ -194,6 +195,17 @@ def test_final_runs_wait_until_all_variants_are_tuned(start: Any, capsys: pytest
     assert all(name.startswith("tune-relu") for name in start(peak(), "--only", "relu"))
     assert "wait for the tuning of all variants" in capsys.readouterr().out
     assert not any(name.startswith("tune-relu") for name in start(peak()))
+
+
+def test_nothing_is_said_before_all_final_runs_are_in(start: Any, tuned: Path, tmp_path: Path) -> None:
+    start(peak())
+    table, rows = load_table(str(tuned)), read_rows(tmp_path / "r" / "tuned.csv")
+    assert "p after Holm" in body(table, rows)
+    assert "Not finished" not in body(table, rows)
+    partial = body(table, rows[:-1])
+    assert "- Not finished: 1 of 6 final runs are to do, and nothing is said before." in partial
+    assert "p after Holm" not in partial
+    assert "paired seeds" not in partial
 
 
 def table_of(**changes: Any) -> Table:

@@ -9,8 +9,9 @@ from lab.experiments import tuned
 from lab.experiments.markdown import interval, mean_and_spread
 from lab.experiments.paired import Rows, difference, gaps, holm, level, p_value, survives_holm
 from lab.experiments.pictures import PANELS
-from lab.experiments.rows import done_epochs, final_rows, load_rows
+from lab.experiments.rows import done_epochs, final_rows, key_of, load_rows
 from lab.experiments.table import TABLES, Table, list_tables, load_table
+from lab.experiments.tuning import pending_runs
 from lab.files import markdown_table, read_rows, write_atomically
 
 PAGE = """\
@@ -153,10 +154,15 @@ def sentence(rows: Rows, pairs: dict[str, str], what: str, other: str, column: s
 def overview(results: Path) -> str:
     """A line in Markdown for each table that has run with several seeds: how its variants differ from the baseline.
 
+    A table that declared what decides is left out before all its runs are in.
     Paired differences in points of top-1 with their 95 % intervals, as in results/README.md. One is shown, in bold, if
     it survives Holm's correction over all differences of the overview. Links are those of a page of docs/.
     """
-    ran = {table.name: (table, final_rows(load_rows(table, results))) for table in map(load_table, list_tables())}
+    ran = {}
+    for table in map(load_table, list_tables()):
+        rows = load_rows(table, results)
+        if not (table.primary and pending_runs(table, {key_of(row): row for row in rows})):  # nothing is said before
+            ran[table.name] = table, final_rows(rows)
     pairs = [
         (name, variant)
         for name, (table, rows) in ran.items()

@@ -8,7 +8,7 @@ from lab.experiments.markdown import interval, mean_and_spread, p_text
 from lab.experiments.paired import Estimate, Rows, difference, equivalence, gaps, holm, level, p_value, welch
 from lab.experiments.rows import final_rows, key_of
 from lab.experiments.table import Key, Table, pair_of, rate
-from lab.experiments.tuning import WIDENED_AT_MOST, Tuning, tuning_of
+from lab.experiments.tuning import WIDENED_AT_MOST, Tuning, pending_runs, tuning_of
 from lab.files import markdown_table
 
 VARIANTS = ("variant", "learning rate", "n", "top-1 (%)", "training loss", "dead units (%)", "zeros (%)",
@@ -20,11 +20,15 @@ Row = dict[str, str]
 def body(table: Table, rows: list[Row]) -> str:
     """Declaration, verdict, and the tables of variants, contrasts and learning rates."""
     final = final_rows(rows)
-    tuning = tuning_of(table, {key_of(row): row for row in rows})
+    runs = {key_of(row): row for row in rows}
+    tuning, left = tuning_of(table, runs), pending_runs(table, runs)
     parts = [declaration(table)]
     if final:
-        parts += ["\n".join(filter(None, [verdict(table, final), failures(table, final)]))]
-        parts += [table_of(table, final), table_of_contrasts(table, final)]
+        said = (
+            f"- Not finished: {len(left)} of {len(final) + len(left)} final runs are to do, and nothing is said before."
+        )
+        parts += ["\n".join(filter(None, [said if left else verdict(table, final), failures(table, final)]))]
+        parts += [table_of(table, final), "" if left else table_of_contrasts(table, final)]
     if tuning and table.tune:
         parts += [table_of_rates(table, rows, tuning)]
     return "\n\n".join(part for part in parts if part)

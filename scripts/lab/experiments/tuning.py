@@ -56,6 +56,14 @@ def tuning_of(table: Table, runs: Runs) -> Tuning | None:
     )  # fmt: skip
 
 
+def pending_runs(table: Table, runs: Runs) -> list[Key]:
+    """What is still to run; final runs of a tuned table only once all rates are chosen."""
+    tuning = tuning_of(table, runs)
+    if tuning and not tuning.done:
+        return tuning.pending
+    return [key for key in table.final_keys(tuning.best if tuning else None) if key not in runs]
+
+
 def best_rate(table: Table, runs: Runs, variant: str, grid: list[float]) -> float | None:
     """The rate with the highest mean top-1, the lower one of two equal ones; None if at every rate a run failed."""
     assert table.tune
