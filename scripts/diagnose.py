@@ -61,6 +61,9 @@ def run(args: argparse.Namespace) -> None:
             except (ValueError, RuntimeError) as error:  # as of BatchNorm for a batch of one image
                 print(f"no gains of gradients: {error}; try a larger --batch-size", flush=True)
                 continue
+            if not found:
+                print("no gains of gradients: with ReLU no layer has one", flush=True)
+                continue
             print(describe(found), flush=True)
             gains += [{"model": name, "layer": layer, "gain": gain} for layer, gain in found.items()]
     with explained(f"can't write to {args.output}"):

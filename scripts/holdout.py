@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lab.cli import Parser, UserError, explained
-from lab.training.data import DataError, split_folder
+from lab.training.data import DataError, split_folder, unreadable
 from lab.training.groups import SEED, x
 from timm.data import is_img_extension
 
@@ -32,7 +32,7 @@ def choose(names: Sequence[str], share: float, seed: str) -> set[str]:
 def images_by_class(source: Path) -> dict[Path, list[Path]]:
     """The images that timm finds in a split, by the folder that is their class. Raises DataError if there is none."""
     found: dict[Path, list[Path]] = {}
-    for folder, below, files in os.walk(source, followlinks=True):
+    for folder, below, files in os.walk(source, onerror=unreadable, followlinks=True):
         below[:] = [name for name in below if not name.startswith(".")]  # .ipynb_checkpoints
         images = [Path(folder, name) for name in files if is_img_extension(Path(name).suffix)]
         if images or not below:

@@ -29,7 +29,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from lab.cli import Parser, UserError, as_options, explained, whole
 from lab.files import environment, write_atomically
-from lab.release.card import CARD, CONFIG, card
+from lab.release.card import CARD, CONFIG, ODD, card
 from lab.release.checks import LARGEST_IMAGE, check
 from lab.release.hub import check_token, plan, push
 from lab.release.stage import TrainedRun, add_int8, add_twin, check_is_of, check_original, stage
@@ -109,13 +109,13 @@ def measure_twin(args: argparse.Namespace) -> None:
     (folder,) = folders(args)
     run = TrainedRun(args.run)
     data = args.data_dir or run.settings["data_dir"]
-    config = json.loads((folder / CONFIG).read_text())
-    if (labels := labels_of(run, data)) != config["label_names"]:
+    with explained(f"can't read {folder / CONFIG}", *ODD):
+        config = json.loads((folder / CONFIG).read_text())
+        names, size = config["label_names"], config["pretrained_cfg"]["input_size"]
+        option = as_options("img_size", size[-1]) if run.settings["img_size"] else as_options("input_size", size)
+    if (labels := labels_of(run, data)) != names:
         raise UserError(f"{data} has other classes than {folder.name}: {', '.join(labels[:5])} ...")
-    size = config["pretrained_cfg"]["input_size"][-1]
-    options = ["--checkpoint", str(args.run / "last.pth.tar")]
-    options += [f"--img-size={size}"] if run.settings["img_size"] not in (None, size) else []
-    add_twin(folder, run, lambda: evaluate(data, *options))
+    add_twin(folder, run, lambda: evaluate(data, "--checkpoint", str(args.run / "last.pth.tar"), *option))
 
 
 def measure_int8(args: argparse.Namespace) -> None:

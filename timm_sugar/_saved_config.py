@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from timm_sugar._places import activation_of, find_places
+from timm_sugar._places import activation_of, find_places, name_of
 from timm_sugar.activation import SUGAR
 from timm_sugar.surrogate import built_in_parameters, get_surrogate, list_surrogates
 
@@ -26,6 +26,7 @@ class SavedConfig:
         places = list(find_places(model))
         self.model = model
         self.sugar = {place.name: place.activation for place in places if isinstance(place.activation, SUGAR)}
+        self.relu = [place.name for place in places if name_of(place.activation) in ("ReLU", "relu")]
         self.is_whole = len(self.sugar) == len(places)
         self.before = {key: vars(model)[key] for key in (_CONFIG, _ARGUMENTS)}
 
@@ -41,6 +42,8 @@ class SavedConfig:
         settings = {name: _as_json(module) for name, module in self.sugar.items()}
         first = next(iter(settings.values()))
         alike = self.is_whole and all(setting == first for setting in settings.values())
+        # ReLU may stand where the architecture has another activation; as a surrogate it computes the same.
+        settings |= {name: {"surrogate": "relu"} for name in self.relu}
         old = {"surrogate", *parameters_of(arguments.get("surrogate"))}
         other = {key: value for key, value in arguments.items() if key not in old}
         vars(self.model)[_CONFIG] = {**config, "architecture": architecture}

@@ -182,6 +182,11 @@ class SUGAR(nn.Module):
         # Today's, if none of this process was that of the module, as in a pickle of another version.
         known = known_surrogate(self.surrogate, state.get("formula", ""))
         if given is not None and known.formula != self.formula:
+            if gone := given.keys() - known.parameters.keys():
+                raise ValueError(
+                    f"this module was saved with another surrogate {self.surrogate!r}: the one that is registered here "
+                    f"has no {', '.join(sorted(gone))}"
+                )
             vars(self)["_values"] = [given.get(key, value) for key, value in known.parameters.items()]
         self.formula = known.formula
         vars(self)["run_time"] = _run_time(known, self._values) if self.run_time else None

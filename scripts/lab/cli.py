@@ -76,6 +76,9 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, **options: Any) -> None:
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(prog=prog, allow_abbrev=False, formatter_class=formatter, **options)
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is None:  # closed, as of a daemon: the next file that opens would be in its place
+                setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
         if isinstance(sys.stdout, io.TextIOWrapper):  # a name that the terminal can't show ends no run, as on stderr
             sys.stdout.reconfigure(errors="backslashreplace")
 

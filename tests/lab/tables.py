@@ -59,6 +59,7 @@ def record_of(run: Any, top1: float | None = 60.0) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     epochs = [] if top1 is None else [f"{i},1.0,{top1}" for i in range(run.settings["epochs"])]
     (run.folder / "args.yaml").write_text(yaml.safe_dump({**run.settings, "device": "cpu"}))
+    run.begun.write_text(run.as_begun())
     if epochs:
         (run.folder / "summary.csv").write_text("\n".join(["epoch,train_loss,eval_top1", *epochs]))
     record = run.as_row(run.settings["epochs"], failed=top1 is None)

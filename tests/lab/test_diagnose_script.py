@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -150,3 +151,14 @@ def test_mistakes_are_one_line(runs: Path, tmp_path: Path, capsys: pytest.Captur
     assert not (tmp_path / "out").exists()
     (tmp_path / "file").write_text("")
     assert "can't write" in error_line(script.main, [*one[:-1], str(tmp_path / "file")], capsys)
+
+
+def test_a_network_that_is_dead_with_relu_is_diagnosed_too(runs: Path, tmp_path: Path, capsys: Any) -> None:
+    """No layer has a gradient to compare with; the numbers are written all the same."""
+    state = timm.create_model("test_resnet_sugar", num_classes=3).state_dict()
+    torch.save({name: torch.zeros_like(value) for name, value in state.items()}, tmp_path / "dead.pth")
+    argv = ["--model", "test_resnet_sugar", "--num-classes", "3", "--checkpoint", str(tmp_path / "dead.pth")]
+    assert script.main([*argv, "--data-dir", str(runs / "data"), "--output", str(tmp_path / "o"), *FAST]) == 0
+    assert "no gains of gradients: with ReLU no layer has one" in capsys.readouterr().out
+    assert table(tmp_path / "o" / "activations.csv")
+    assert not (tmp_path / "o" / "gains.csv").exists()

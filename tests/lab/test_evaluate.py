@@ -177,6 +177,21 @@ def test_more_classes_than_outputs_and_a_broken_image(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("streams", [(2,), (1, 2)])
+def test_a_script_runs_where_its_streams_are_closed(
+    streams: tuple[int, ...], run: Path, data: Path, tmp_path: Path
+) -> None:
+    """As a daemon's are; what opens next takes their places, were nothing there."""
+    argv = ["--checkpoint", str(run), "--data-dir", str(data), "--device", "cpu", "-j", "0"]
+    command = [sys.executable, str(SCRIPTS / "evaluate.py"), *argv, "--results-file", str(tmp_path / "results.csv")]
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS.parent)}
+    closing = " ".join(f"{stream}>&-" for stream in streams)
+    done = subprocess.run(["bash", "-c", f'"$@" {closing}', "-", *command], env=environment, timeout=200, check=False)
+    assert done.returncode == 0
+    assert "top1" in (tmp_path / "results.csv").read_text()
+
+
+@pytest.mark.slow
 def test_names_that_the_terminal_cannot_show_end_no_script(run: Path, data: Path, tmp_path: Path) -> None:
     """A folder with umlauts, and an output that takes ASCII alone."""
     named = shutil.copytree(run, tmp_path / "lauf ö")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from scripting import error_line, load_script, make_images
@@ -42,6 +45,23 @@ def test_what_is_no_image_is_left_out_and_classes_may_lie_deeper(tmp_path: Path)
     for split, count in (("train", 7), ("validation", 3)):
         for folder in classes:
             assert len(list((tmp_path / "out" / split / "group" / folder.name).iterdir())) == count
+
+
+def test_a_class_folder_that_cannot_be_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    denied = make_images(tmp_path / "data", train=10, validation=2) / "train" / "dog"
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:  # root may read everything
+        if Path(path) == denied:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    line = error_line(holdout.main, [str(tmp_path / "data"), str(tmp_path / "out"), "--share", "0.3"], capsys)
+    assert f"can't read folder {denied}" in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_kill_leaves_no_half_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -69,3 +70,14 @@ def test_a_run_brings_the_modules_that_register_its_model(tmp_path: Path, monkey
     monkeypatch.syspath_prepend(tmp_path)
     for key, value in load().state_dict().items():
         assert torch.equal(value, model.state_dict()[key])
+
+
+@pytest.mark.parametrize(("name", "value"), [("classes", 5), ("model_kwargs", "a=b")])
+def test_a_checkpoint_with_odd_settings_is_one_line(name: str, value: object, tmp_path: Path) -> None:
+    parser = Parser("test")
+    add_options(parser)
+    model = timm.create_model("test_resnet", num_classes=3)
+    settings = argparse.Namespace(model="test_resnet", num_classes=3, **{name: value})
+    torch.save({"state_dict": model.state_dict(), "args": settings}, tmp_path / "odd.pth.tar")
+    with pytest.raises(UserError, match=f"settings of the checkpoint: {name} is"):
+        load_model(parser.parse_args(["--checkpoint", str(tmp_path / "odd.pth.tar")]))

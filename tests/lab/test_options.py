@@ -36,7 +36,9 @@ REFUSED = """
 --weight-decay -1|--clip-grad nan|--clip-grad 0|--reprob 2|--recount 0|--hflip 5|--vflip -1|--layer-decay -1
 --layer-decay-min-scale 2|--model-ema-decay 2|--lr nan|--lr -1|--lr-base inf|--head-init-bias inf
 --head-init-scale nan|--opt-eps -1|--opt-betas 2|--num-classes 0|--img-size 0|--train-num-samples 0
---model-kwargs in_chans=5|--model-kwargs drop_rate=5|--aa rand-m9-p5|--aa rand-tnope|--aa rand-m9-inc7|--aa rand-n0
+--model-kwargs in_chans=5|--model-kwargs num_classes=5|--model-kwargs global_pool=max
+--drop 0.1 --model-kwargs drop_rate=0.5|--model-kwargs drop_rate=5
+--aa rand-m9-p5|--aa rand-tnope|--aa rand-m9-inc7|--aa rand-n0
 --aa rand-n99-tweights|--aa augmix-w0|--aa augmix-a0|--aa augmix-d0|--aa original-mstdx|--aa v0-m9
 --aa rand-m9-mstd1.2.3|--clip-mode agc|--model-ema-decay 0.99|--model-ema-warmup|--remode rand
 --mixup-prob 0.5|--mixup-off-epoch 2|--mixup-mode elem|--dataset-download

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,7 +13,11 @@ from pathlib import Path
 
 import fgi
 import pytest
+import timm
+import torch
+import torch.nn.functional as F
 from lab.release.stage import FILES
+from lab.training.runs import load_file
 from loopback_hub import READ, WRITE, LoopbackHub, Repo
 from PIL import Image
 from scripting import CLASSES, SCRIPTS, error_line, load_script, make_images
@@ -120,6 +125,52 @@ def test_model_and_twin_are_measured_at_the_size_that_stage_was_asked_for(root: 
         argv = ["--checkpoint", str(checkpoint / "last.pth.tar"), "--img-size", "64", "--device", "cpu", "-j", "0"]
         assert evaluate.main([*argv, "--results-file", str(results), "--results-format", "json"]) == 0
         assert json.loads(results.read_text())["loss"] == pytest.approx(losses[name], abs=1e-5)
+
+
+def test_a_twin_that_was_trained_with_another_option_for_its_size_is_measured_at_the_folders(tmp_path: Path) -> None:
+    """As the folder's images: of 32 pixels by --input-size, of 48 where they are measured."""
+    size = ("--input-size", "3", "32", "32", "--device", "cpu")
+    run, twin = train(tmp_path, "test_resnet_sugar", *size), train(tmp_path, "test_resnet", *size)
+    models = tmp_path / "models"
+    argv = ["stage", str(run), "--tag", "bsilu_x", "--dataset", "toys", "--org", "me", "--img-size", "48"]
+    assert publish.main([*argv, "--models", str(models)]) == 0
+    assert publish.main(["twin", NAME, str(twin), "--models", str(models)]) == 0
+    with open(models / NAME / "results.csv") as file:
+        losses = {row["weights"]: float(row["loss"]) for row in csv.DictReader(file)}
+    config = timm.data.resolve_data_config({"input_size": (3, 48, 48)}, model=timm.create_model("test_resnet"))
+    transform, images, labels = timm.data.create_transform(**config), [], []
+    for label, name in enumerate(CLASSES):
+        for path in (tmp_path / "data" / "validation" / name).iterdir():
+            with Image.open(path) as image:
+                images.append(transform(image.convert("RGB")))
+                labels.append(label)
+    x, y = torch.stack(images), torch.tensor(labels)
+    model = timm.create_model("test_resnet", num_classes=3)
+    model.load_state_dict(load_file(twin / "last.pth.tar")["state_dict"])
+    with torch.no_grad():
+        loss = F.cross_entropy(model.eval()(x), y).item()
+    assert losses["ReLU twin"] == pytest.approx(loss, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("train_args.yaml", ""),
+        ("train_args.yaml", "[1]"),
+        ("config.json", '{"label_names": ["cat", "dog", "owl"], "pretrained_cfg": {"input_size": [3, 32, 32]}}'),
+        ("config.json", "{}"),
+        ("config.json", "[]"),
+    ],
+)
+def test_a_twin_for_an_odd_folder_is_one_line(
+    file: str, text: str, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models = tmp_path / "models"
+    shutil.copytree(root / "models" / NAME, models / NAME)
+    (models / NAME / file).write_text(text)
+    line = error_line(publish.main, ["twin", NAME, str(root / "test_resnet"), "--models", str(models)], capsys)
+    assert "can't read" in line
+    assert file in line
 
 
 def test_evaluating_the_folder_gives_the_number_of_the_card_again(root: Path, tmp_path: Path) -> None:

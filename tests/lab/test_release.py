@@ -110,9 +110,11 @@ def test_release_stops_at_each_thing_that_is_not_so_and_ends_with_a_wheel(tmp_pa
                 lambda: edit(package / "models" / "_weights.py", r"= frozenset\(\)", f"= frozenset({[NAME]!r})"),
             ),
             ("README.md says 'Hub yet'", lambda: (checkout / "README.md").write_text("# timm_sugar\n\nIt is out.\n")),
-            ("is not committed", commit_twice),
+            ("is not committed", lambda: (commit(checkout), (package / "forgotten.py").write_text(""))),
+            ("timm_sugar/forgotten.py is not committed", commit_twice),
             ("git has v9.8.7 on another commit", lambda: git(checkout, "tag", "--delete", "v9.8.7")),
         ]
+        git(checkout, "config", "status.showUntrackedFiles", "no")
         content = (checkout / "model_cards" / NAME / "model.safetensors").read_bytes()
         hub.other_content["model.safetensors"] = bytes(len(content))
         for message, mend in stops:

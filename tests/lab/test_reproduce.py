@@ -369,6 +369,42 @@ def test_killed_and_started_again_gives_the_same_rows(tiny: Path, data: Path, tm
         assert float(row[key]) == pytest.approx(float(last_epoch(summary)[column]), abs=5e-5)
 
 
+CUT_OFF = """\
+import pathlib, sys
+rest = dict(zip(sys.argv, sys.argv[1:]))
+folder = pathlib.Path(rest["--output"], rest["--experiment"])
+folder.mkdir(exist_ok=True)
+(folder / "args.yaml").write_text("weight_decay: 0.0005")
+sys.exit(9)
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (", mixup: 0.8", ""),
+        (", mixup: 0.8", ", mixup: null"),
+        ("subset: {per_class: 3}", "subset: {per_class: 8}"),
+        ("subset: {per_class: 3}", ""),
+        ("", ""),
+    ],
+)
+def test_a_run_goes_on_only_where_the_table_says_the_same(
+    old: str, new: str, tiny: Path, data: Path, tmp_path: Path, capfd: Any
+) -> None:
+    """What a table had and has no longer would go on from args.yaml, and its row would deny it."""
+    script = tmp_path / "script.py"
+    script.write_text(CUT_OFF)
+    text = f"script: {script}\nsubset: {{per_class: 3}}\n" + TINY.replace("lr: 0.05", "weight_decay: 5e-4, mixup: 0.8")
+    assert "mixup" in text
+    tiny.write_text(text)
+    words = [str(tiny), *places(tmp_path, data), "--seeds", "1", "--only", "relu"]
+    assert "failed (status 9)" in error_line(reproduce.main, words, capfd)
+    tiny.write_text(text.replace(old, new))
+    line = error_line(reproduce.main, words, capfd)
+    assert ("was made with other settings" in line) == (old != "")
+
+
 def test_a_run_whose_process_outlived_a_kill_is_not_started_twice(
     tiny: Path, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

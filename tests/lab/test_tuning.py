@@ -115,6 +115,10 @@ def test_the_record_of_another_run_is_not_taken(start: Any, tmp_path: Path, caps
     [
         ("relu,0.1,50", "relu,0.1,x"),
         (",variant,", ",kind,"),
+        ("relu,0.1,50", "relu,0.1,50.0"),
+        ("relu,0.1,50", "relu,0.1,"),
+        ("relu,0.1,50", "relu,0.10,50"),
+        ("tune,relu", "x,relu"),
         ("90.0000", "hello"),
         ("phase,", "face,"),
     ],

@@ -395,6 +395,18 @@ def test_a_network_that_was_sugarized_by_hand_comes_back_as_relu(surrogate: Any,
     assert not settings_of(comes_back(plain, tmp_path / "plain"))
 
 
+@pytest.mark.parametrize(("name", "part"), [("test_vit_sugar", "blocks.0"), ("test_resnet_sugar", "layer1")])
+def test_what_became_relu_in_a_part_comes_back_as_relu(name: str, part: str, tmp_path: Path) -> None:
+    """Where the architecture has GELU, too; the gradient is ReLU's."""
+    model = build(name, num_classes=4)
+    timm_sugar.to_relu(model.get_submodule(part))
+    timm_sugar.set_surrogate(model, alpha=0.5)
+    loaded = settings_of(comes_back(model, tmp_path))
+    settings = settings_of(model)
+    assert 0 < len(settings) < len(loaded)
+    assert loaded == {name: settings.get(name, ("relu", [1.0])) for name in loaded}
+
+
 @pytest.mark.parametrize("config", [None, {}, {"architecture": "test_convnext"}])
 def test_a_model_that_timm_could_not_save_is_sugarized_all_the_same(config: Any) -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.GELU())

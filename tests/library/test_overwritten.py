@@ -182,6 +182,18 @@ def test_a_pickle_of_a_process_with_another_order_of_the_parameters(
     torch.testing.assert_close(gradient(call), new(X, 0.25, 3.0))
 
 
+def test_a_pickle_of_a_process_with_another_parameter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its value would be dropped for the default of one that is called otherwise."""
+    register(old)
+    content = pickle.dumps(SUGAR(surrogate="mine"))
+    for name in ("_surrogates", "_known"):  # as in another process
+        registry = {key: one for key, one in getattr(surrogate_module, name).items() if "mine" not in key}
+        monkeypatch.setattr(surrogate_module, name, registry)
+    register_surrogate("mine", derivative=lambda x, c: torch.tanh(c * x).square(), c=1.0)
+    with pytest.raises(ValueError, match=r"saved with another surrogate 'mine': .* has no a, b"):
+        pickle.loads(content)
+
+
 class Swish(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -21,8 +21,10 @@ COLUMNS = (
     *("epochs", "top1", "top5", "train_loss", "dead_units", "sparsity"),
     *("device", "torch", "timm", "timm_sugar", "command"),
 )
+PHASES = ("tune", "final")
 CURVES = ("phase", "variant", "lr", "seed", "epoch", "train_loss", "top1", "dead_units", "sparsity")
-NUMBERS = ("lr", "seed", "epoch", "epochs", "train_loss", "top1", "top5", "dead_units", "sparsity")
+WHOLE = ("seed", "epoch")
+NUMBERS = ("lr", "epochs", "train_loss", "top1", "top5", "dead_units", "sparsity")  # or empty
 NEAR_CHANCE = 2.0  # points of top-1
 
 
@@ -59,6 +61,12 @@ def load_rows(table: Table, results: Path, epochs: bool = False) -> list[dict[st
                     raise ValueError(f"a row of {row['variant']} has no {name}")
                 if name in NUMBERS:
                     float(row[name] or 0)
+                if name in WHOLE:
+                    int(row[name])
+            if row["phase"] not in PHASES:
+                raise ValueError(f"a row of {row['variant']} has the phase {row['phase']!r}")
+            if row["lr"] and row["lr"] != rate(float(row["lr"])):
+                raise ValueError(f"a row of {row['variant']} has the rate {row['lr']}, not {rate(float(row['lr']))}")
         return rows
 
 

@@ -31,6 +31,7 @@ class TableRun:
         self.table, self.key = table, key
         self.name = run_name(table, key)
         self.folder, self.record = folder / self.name, folder / f"{self.name}.json"
+        self.begun = folder / f"{self.name}.begun"  # what the table said when the run was begun
         self.settings, self.command = table.settings(key), table.command(key)
 
     def read(self) -> dict[str, Any] | None:
@@ -43,15 +44,19 @@ class TableRun:
                 record = {"row": modern(self.table, record["row"]), "epochs": epochs}
                 same = key_of(record["row"]) == self.key and is_current(self.table, self.key, record["row"])
         elif (self.folder / "args.yaml").exists():
-            args = yaml.safe_load((self.folder / "args.yaml").read_text())
-            same = all(args.get(name) == value for name, value in self.settings.items())
+            same = self.begun.exists() and self.begun.read_text() == self.as_begun()
         else:
             return None
         if not same:
             raise UserError(
-                f"{self.folder} was made with other settings than the table has now: choose another --output"
+                f"{self.folder} was made with other settings than the table has now: choose another --output, or "
+                "remove this folder"
             )
         return record
+
+    def as_begun(self) -> str:
+        """All that the table says of the run: its command, and the images that it trains on and is scored on."""
+        return json.dumps({**where(self.table, self.key), "command": self.command}, indent=1)
 
     @contextmanager
     def locked(self) -> Iterator[int]:
@@ -91,6 +96,8 @@ class TableRun:
         words = [word for name, value in self.settings.items() for word in as_options(name, value)]
         place = ["--output", str(self.folder.parent), "--experiment", self.name]
         path = os.pathsep.join(filter(None, [str(TABLES), os.environ.get("PYTHONPATH")]))
+        if not (self.folder / "args.yaml").exists():
+            write_atomically(self.begun, self.as_begun())
         return subprocess.run(
             [sys.executable, str(SCRIPTS.parent / self.table.script), *words, *place, *options],
             env={**os.environ, "PYTHONPATH": path}, pass_fds=(lock,), check=False,

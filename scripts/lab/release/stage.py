@@ -28,6 +28,7 @@ from lab.release.card import (
     CARD,
     CONFIG,
     INT8,
+    ODD,
     ORIGINAL,
     ORIGINAL_INT8,
     RECIPE,
@@ -192,8 +193,8 @@ def add_twin(folder: Path, run: TrainedRun, measure: Callable[[], dict[str, Any]
     `measure()` evaluates that run and returns a row of results. Raises UserError, with nothing changed, if the run
     differs from the folder's in more than the gradient, or is no network of ReLU.
     """
-    with explained(f"can't read {folder / RECIPE}"):
-        recipe = yaml.safe_load((folder / RECIPE).read_text())
+    with explained(f"can't read {folder / RECIPE} and {CONFIG}", *ODD):
+        recipe = {**yaml.safe_load((folder / RECIPE).read_text())}
         changes = json.loads((folder / CONFIG).read_text())["sugar"].get("changes", [])
     if run.changes != changes:
         raise UserError(

@@ -92,7 +92,7 @@ def look_at_pages() -> str:
 
 def look_at_git() -> str:
     """All of it is committed, and the version's tag is free, or on this commit."""
-    if changed := _run("git", "status", "--porcelain").splitlines():
+    if changed := _run("git", "status", "--porcelain", "--untracked-files=all").splitlines():
         raise UserError(f"{changed[0][3:]} is not committed: commit what changed")
     tag, head = f"v{__version__}", _run("git", "rev-parse", "HEAD").strip()
     if tag in _run("git", "tag").split() and _run("git", "rev-list", "-1", tag).strip() != head:

@@ -170,7 +170,7 @@ def _check_shards(dataset: Any) -> None:
             raise DataError(f"there is no {path}: name files that are there, e.g. 'train-{{0000..0003}}.tar'")
 
 
-def _unreadable(error: OSError) -> NoReturn:
+def unreadable(error: OSError) -> NoReturn:
     """What a walk through folders does about one that can't be read: timm would go on without its images."""
     raise DataError(f"can't read folder {error.filename}: {error.strerror}") from error
 
@@ -178,7 +178,7 @@ def _unreadable(error: OSError) -> NoReturn:
 def _check_links(folder: Path) -> None:
     """Raises DataError for a link that leads back to where it is: timm would follow it round and round."""
     known: dict[Path, tuple[int, int]] = {}
-    for name, _, _ in os.walk(folder, onerror=_unreadable, followlinks=True):
+    for name, _, _ in os.walk(folder, onerror=unreadable, followlinks=True):
         path = Path(name)
         info = path.stat()
         known[path] = info.st_dev, info.st_ino

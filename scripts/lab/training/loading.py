@@ -109,13 +109,17 @@ def load_weights(path: Path, ema: bool) -> tuple[dict[str, Any], str, dict[str, 
 def settings_of(state: dict[str, Any], file: Path) -> dict[str, Any]:
     """The options of the training run, as its checkpoint or the file beside that has them; else none."""
     if isinstance(state.get("args"), argparse.Namespace):
-        return dict(vars(state["args"]))
-    if not file.exists():
+        settings: Any = dict(vars(state["args"]))
+    elif not file.exists():
         return {}
-    with explained(f"can't read {file}"):
-        settings = yaml.safe_load(file.read_text()) or {}
-    if not isinstance(settings, dict):
-        raise UserError(f"can't read {file}: expected 'option: value' lines")
+    else:
+        with explained(f"can't read {file}"):
+            settings = yaml.safe_load(file.read_text()) or {}
+        if not isinstance(settings, dict):
+            raise UserError(f"can't read {file}: expected 'option: value' lines")
+    for name, kind in {"model_kwargs": dict, "classes": list}.items():
+        if not isinstance(settings.get(name) or kind(), kind):
+            raise UserError(f"settings of the checkpoint: {name} is {settings[name]!r}, not a {kind.__name__}")
     return settings
 
 

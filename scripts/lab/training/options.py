@@ -157,11 +157,15 @@ def check_options(args: argparse.Namespace) -> None:
 
 def check_model_kwargs(args: argparse.Namespace) -> None:
     """Raises UserError for an argument of the model that is an option, and outside its range."""
-    if "in_chans" in args.model_kwargs:
-        raise UserError("--model-kwargs in_chans: the images have to know it too, use --in-chans")
-    options = {"drop_rate": "drop", "drop_path_rate": "drop-path", "drop_block_rate": "drop-block"}
-    given = {name: args.model_kwargs[name] for name in options if args.model_kwargs.get(name) is not None}
-    build_parser().parse_args([f"--{options[name]}={value}" for name, value in given.items()])
+    for name, option in {"in_chans": "in_chans", "num_classes": "num_classes", "global_pool": "gp"}.items():
+        if name in args.model_kwargs:
+            raise UserError(f"--model-kwargs {name}: use {as_option(option)}")
+    options = {"drop_rate": "drop", "drop_path_rate": "drop_path", "drop_block_rate": "drop_block"}
+    given = {option: args.model_kwargs[name] for name, option in options.items() if name in args.model_kwargs}
+    for option in given:
+        if getattr(args, option):
+            raise UserError(f"{as_option(option)} stands in --model-kwargs, too: give it once")
+    build_parser().parse_args([f"{as_option(k)}={value}" for k, value in given.items() if value is not None])
 
 
 def check_channels(args: argparse.Namespace) -> None:
