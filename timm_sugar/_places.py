@@ -40,6 +40,7 @@ _FUNCTIONS: dict[Any, str] = {
     **dict.fromkeys((F.silu, F.hardswish), "silu"),
     **{F.gelu: "gelu", F.mish: "mish"},
 }
+RELU = ("ReLU", "relu", "relu_")  # what `name_of` calls ReLU
 _TIMM = {
     **dict.fromkeys(("Swish", "SwishMe", "HardSwish", "HardSwishMe", "swish", "swish_me"), "silu"),
     **dict.fromkeys(("hard_swish", "hard_swish_me"), "silu"),

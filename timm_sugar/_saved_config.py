@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from timm_sugar._places import activation_of, find_places, name_of
+from timm_sugar._places import RELU, activation_of, find_places, name_of
 from timm_sugar.activation import SUGAR
 from timm_sugar.surrogate import built_in_parameters, get_surrogate, list_surrogates
 
@@ -26,7 +26,7 @@ class SavedConfig:
         places = list(find_places(model))
         self.model = model
         self.sugar = {place.name: place.activation for place in places if isinstance(place.activation, SUGAR)}
-        self.relu = [place.name for place in places if name_of(place.activation) in ("ReLU", "relu")]
+        self.relu = [place.name for place in places if name_of(place.activation) in RELU]
         self.is_whole = len(self.sugar) == len(places)
         self.before = {key: vars(model)[key] for key in (_CONFIG, _ARGUMENTS)}
 

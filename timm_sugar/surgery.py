@@ -17,6 +17,7 @@ from timm_sugar import _torch
 from timm_sugar._example import call, equal_outputs, inference, watch_example
 from timm_sugar._exchange import New, Undoable, exchange, has_config, one_new_for_each_old, rename_in_configs, undo_all
 from timm_sugar._places import (
+    RELU,
     Place,
     find_leftovers,
     find_places,
@@ -33,7 +34,6 @@ from timm_sugar.activation import SUGAR, FunctionalSUGAR, sugar_modules
 from timm_sugar.surrogate import SAME, Surrogate, get_surrogate
 
 Chosen = str | Surrogate
-_RELU = ("ReLU", "relu", "relu_")
 _CALL_WITH_X_ALONE = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 _OPTIONS = ("filter_fn", "types", "example", "save_memory")  # of sugarize, what isn't a surrogate's parameter
 
@@ -61,7 +61,7 @@ def list_activations(model: nn.Module, types: Collection[Any] = ()) -> dict[str,
 
 def other_than_relu(model: nn.Module) -> set[str]:
     """The types of a model's hidden activations that aren't plain ReLU, SUGAR among them."""
-    return set(list_activations(model).values()) - {*_RELU}
+    return set(list_activations(model).values()) - {*RELU}
 
 
 def sugarize(
@@ -180,7 +180,7 @@ def _sugarize(
 
 
 def _was_other_than_relu(place: Place) -> bool:
-    return place.settings() is None and name_of(place.activation) not in _RELU
+    return place.settings() is None and name_of(place.activation) not in RELU
 
 
 def _output_of_relu(model: nn.Module, plan: Mapping[Place, New], example: Any) -> Any:

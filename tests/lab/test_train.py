@@ -459,7 +459,6 @@ def refuse(argv: list[str], out: Path, capsys: pytest.CaptureFixture[str]) -> st
         (("--pretrained", "--pretrained-path", "nowhere.pth"), "--pretrained-path nowhere.pth: no such file"),
         (("--class-map", "empty.pkl"), "can't open data set"),
         (("--gp", ""), "this model can't classify images of size 3 x 32 x 32"),
-        (("--gp", ""), "this model can't classify images of size 3 x 32 x 32"),
         (("--model-kwargs", "features_only=True"), "has no attribute 'num_classes'"),
         (("--device-modules", ".x"), "--device-modules: '.x' can't be the name of a module"),
         (("--device-modules", ""), "--device-modules: '' can't be the name of a module"),
