@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,6 +42,18 @@ def make_images(root: Path, train: int = 8, validation: int = 4, classes: tuple[
                 pixels[..., channel % 3] //= 3
                 Image.fromarray(pixels).save(folder / f"{i}.png")
     return root
+
+
+def deny_reading(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no process, not even root's, list a folder."""
+    scandir = os.scandir
+
+    def refuse(path: Any) -> Any:
+        if Path(path) == folder:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
 
 
 def error_line(main: object, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from pathlib import Path
-from typing import Any
 
 import pytest
-from scripting import error_line, load_script, make_images
+from scripting import deny_reading, error_line, load_script, make_images
 from timm.data import create_dataset
 
 holdout = load_script("holdout")
@@ -51,14 +48,7 @@ def test_a_class_folder_that_cannot_be_read_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     denied = make_images(tmp_path / "data", train=10, validation=2) / "train" / "dog"
-    scandir = os.scandir
-
-    def refuse(path: Any) -> Any:  # root may read everything
-        if Path(path) == denied:
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
+    deny_reading(denied, monkeypatch)
     line = error_line(holdout.main, [str(tmp_path / "data"), str(tmp_path / "out"), "--share", "0.3"], capsys)
     assert f"can't read folder {denied}" in line
     assert not (tmp_path / "out").exists()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import io
-import os
 import re
 import struct
 import zlib
@@ -15,7 +13,7 @@ import numpy as np
 import pytest
 from lab.training.data import DataError, check_classes, class_to_idx, open_dataset, read_image
 from PIL import Image
-from scripting import TINY, error_line, load_script, make_images
+from scripting import TINY, deny_reading, error_line, load_script, make_images
 
 train, evaluate = load_script("train"), load_script("evaluate")
 
@@ -256,13 +254,6 @@ def test_classes_that_timm_orders_by_chance_are_named(pair: tuple[str, str], tmp
 def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = make_images(tmp_path / "data")
     denied = images / "train" / "dog"
-    scandir = os.scandir
-
-    def refuse(path: Any) -> Any:  # root may read everything
-        if Path(path) == denied:
-            raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
+    deny_reading(denied, monkeypatch)
     with pytest.raises(DataError, match=f"can't read folder {denied}: Permission denied"):
         open_dataset("", str(images), "train")
