@@ -497,6 +497,8 @@ def test_a_run_that_fails_ends_with_a_line(tiny: Path, tmp_path: Path, capfd: py
         ("title: x\nbaseline: relu\nvariants: {relu: {}}\noptions: {epochs: one}\n", "no number of epochs, but 'one'"),
         ("title: x\nbaseline: relu\nvariants: {relu: {}, ../../x: {}}\n", "can't be the name of a folder"),
         (TINY + "subset: {perclass: 4}\n", "unknown key 'perclass' of subset"),
+        (TINY + "subset: {per_class: 4, of: 3}\n", "at least as large"),
+        (TINY + "subset: {of: 3}\n", "needs per_class"),
         (TINY + "primary: 5\n", "is not a table"),
         (TINY + "title: y\n", "title stands there twice"),
         ("seeds: 0\n" + TINY.replace("seeds", "#"), "seeds must be at least 1"),

@@ -54,6 +54,18 @@ def test_held_out_images_are_the_next_ones_and_the_training_images_stay(tmp_path
         assert pixels(tmp_path / f"held/validation/{label:04}") == ranked[3:5]
 
 
+def test_no_image_that_the_start_knows_is_held_out(tmp_path: Path, data: Path) -> None:
+    make_subset(folder(data), tmp_path / "start", 5)
+    make_subset(folder(data), tmp_path / "run", 3, 2, of=5)
+    start = pixels(tmp_path / "start/train")
+    assert set(pixels(tmp_path / "run/train")) < set(start)
+    assert len(pixels(tmp_path / "run/train")) == 3 * 3
+    assert len(pixels(tmp_path / "run/validation")) == 3 * 2
+    assert not set(pixels(tmp_path / "run/validation")) & set(start)
+    with pytest.raises(DataError, match="fewer than the 9"):
+        make_subset(folder(data), tmp_path / "more", 3, 4, of=5)
+
+
 def test_torchvisions_data_sets_give_the_same_subset(tmp_path: Path, data: Path) -> None:
     """They are lists of PIL images with a `transform`, as here."""
 

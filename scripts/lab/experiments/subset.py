@@ -37,7 +37,12 @@ def _ranked(images: Any, seed: int | None = None) -> dict[int, list[tuple[str, i
 
 
 def make_subset(
-    open_split: Split, root: Path, per_class: int | None = None, held_out: int = 0, seed: int | None = None
+    open_split: Split,
+    root: Path,
+    per_class: int | None = None,
+    held_out: int = 0,
+    seed: int | None = None,
+    of: int | None = None,
 ) -> None:
     """Write root/train/LABEL/ and root/validation/LABEL/ as PNG, whole or not at all.
 
@@ -49,6 +54,8 @@ def make_subset(
         per_class: How many training images of each class; None for all but those held out.
         held_out: How many further training images of each class to validate on; 0 for split `validation`.
         seed: Draws other images: it goes into the hash. None for the images of lowest SHA-256.
+        of: The images of each class from which those to train on are taken and none is held out, such as the ones that
+            a network knows from which the run starts; None for `per_class`.
 
     Raises:
         DataError: If the data is a stream, or a class has too few images.
@@ -56,12 +63,13 @@ def make_subset(
     train = _images(open_split, "train")
     ranked = _ranked(train, seed)
     smallest = min(map(len, ranked.values()), default=0)
-    if smallest < (needed := (per_class or 1) + held_out):
+    known = of or per_class
+    if smallest < (needed := (known or 1) + held_out):
         raise DataError(f"a class has fewer than the {needed} training images that the subset needs")
     chosen, rest = {}, {}
     for label, entries in ranked.items():
-        count = len(entries) - held_out if per_class is None else per_class
-        chosen[label], rest[label] = entries[:count], entries[count : count + held_out]
+        count = len(entries) - held_out if known is None else known
+        chosen[label], rest[label] = entries[:count][:per_class], entries[count : count + held_out]
     partial = root.with_name(f"tmp-{root.name}")
     shutil.rmtree(partial, ignore_errors=True)
     _save(train, chosen, partial / "train")

@@ -19,7 +19,8 @@ everything comes that this one doesn't say; `options` are merged. A table of scr
 its options, in the place of a network.
 
 `subset: {per_class: 1000}` trains on a part of the training split (subset.py). With `per_seed: true` each seed draws a
-part of its own; with `held_out: 200` the runs are validated on further training images.
+part of its own; with `held_out: 200` the runs are validated on further training images. `of: 4500` holds out none of a
+class's first 4,500: where a run starts from a network that trained on those, it is validated on images new to both.
 
 A table that is to decide something says these before it runs:
 
@@ -34,6 +35,7 @@ best rate is then used with new seeds.
 
 from __future__ import annotations
 
+import math
 import shlex
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -97,8 +99,10 @@ class Table:
             raise ValueError(f"variant {odd!r} can't be the name of a folder")
         if self.seeds < 1:
             raise ValueError(f"seeds must be at least 1, not {self.seeds}")
-        if unknown := sorted((self.subset or {}).keys() - {"per_class", "per_seed", "held_out", "seed"}):
+        if unknown := sorted((self.subset or {}).keys() - {"per_class", "of", "per_seed", "held_out", "seed"}):
             raise ValueError(f"unknown key {unknown[0]!r} of subset")
+        if self.subset and "of" in self.subset and self.subset["of"] < self.subset.get("per_class", math.inf):
+            raise ValueError("`of` of a subset needs per_class, and must be at least as large")
         if self.baseline not in self.variants:
             raise ValueError(f"the baseline {self.baseline!r} is none of its variants")
         if self.margin is not None and not self.margin > 0:
@@ -181,7 +185,7 @@ class Table:
             chosen["seed"] = key.seed
         if self.tune and key.phase == "tune":
             chosen["held_out"] = self.tune.held_out
-        return {name: chosen[name] for name in ("per_class", "held_out", "seed") if name in chosen}
+        return {name: chosen[name] for name in ("per_class", "of", "held_out", "seed") if name in chosen}
 
 
 def rate(lr: float | None) -> str:
