@@ -134,8 +134,9 @@ def _sugarize(
     example: Any,
     save_memory: bool,
     parameters: dict[str, Any],
+    anew: bool = False,
 ) -> list[Undoable]:
-    """What `sugarize` does; returns the changes, in their order."""
+    """What `sugarize` does; returns the changes, in their order. `anew` exchanges what has these settings already, too."""
     if example is not None:
         _torch.check_examples()
     places = [p for p in find_places(model, types) if filter_fn is None or filter_fn(p.activation, p.name)]
@@ -152,7 +153,7 @@ def _sugarize(
             f"nothing to replace in {type(model).__name__}: {what}{seen}. If its forward calls F.relu or the like "
             "itself, sugarize torch.fx.symbolic_trace(model)"
         )
-    plan = _plan(choose, save_memory)
+    plan = _plan(choose, save_memory, anew)
     in_place = {new: place.name for place, new in plan.items() if isinstance(new, nn.Module) and is_in_place(place)}
     expected = None if example is None else _output_of_relu(model, plan, example)
     of_other = [new for place, new in plan.items() if _was_other_than_relu(place)]
@@ -328,7 +329,7 @@ def sugarized(model: nn.Module, surrogate: Chosen | Mapping[str, Chosen] = "bsil
     parameters = {key: value for key, value in options.items() if key not in _OPTIONS}
     filter_fn, example = options.get("filter_fn"), options.get("example")
     share_as_before = keep_sharing(model)
-    changes = _sugarize(model, surrogate, filter_fn, types, example, save_memory, parameters)
+    changes = _sugarize(model, surrogate, filter_fn, types, example, save_memory, parameters, anew=True)
     try:
         yield model
     finally:
@@ -396,15 +397,16 @@ def _relu_for(place: Place) -> New:
     return torch.fx.GraphModule(nn.Module(), graph)
 
 
-def _plan(choose: dict[Place, Surrogate], save_memory: bool) -> dict[Place, New]:
-    """A new SUGAR for each place that has not just these settings already.
+def _plan(choose: dict[Place, Surrogate], save_memory: bool, anew: bool = False) -> dict[Place, New]:
+    """A new SUGAR for each place that has not just these settings already, or with `anew` for all.
 
     One instance for each old instance, or several if the names under which it is shared have different settings.
     """
     todo = {
         place: chosen
         for place, chosen in choose.items()
-        if place.settings() != (chosen.name, chosen.values, chosen.formula)
+        if anew
+        or place.settings() != (chosen.name, chosen.values, chosen.formula)
         or getattr(place.activation, "save_memory", save_memory) != save_memory
     }
 

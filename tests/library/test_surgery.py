@@ -761,6 +761,15 @@ def test_sugarized_gives_the_very_activations_back(make: Callable[[], nn.Module]
     assert torch.equal(model(x), expected)
 
 
+@pytest.mark.parametrize("make", [net, lambda: torch.fx.symbolic_trace(calls())])
+def test_a_setting_changed_inside_sugarized_does_not_outlast_it(make: Callable[[], nn.Module]) -> None:
+    model = sugarize(make(), "bsilu", alpha=1.2)
+    before = {place.name: place.settings() for place in find_places(model)}
+    with sugarized(model, "bsilu", alpha=1.2):
+        set_surrogate(model, alpha=0.4)
+    assert {place.name: place.settings() for place in find_places(model)} == before
+
+
 def test_list_names_type_of_every_activation_replaced_or_not() -> None:
     model = net()
     assert list_activations(model) == {"act": "SiLU", "act_fn": "gelu"}
