@@ -149,10 +149,10 @@ def folders(args: argparse.Namespace) -> list[Path]:
     named = [args.models / name for name in args.names] or found
     if not named:
         raise UserError(f"no models in {args.models}: make one with scripts/publish.py stage")
-    for folder in named:
-        if folder not in found:
+    for name in args.names:
+        if args.models / name not in found:
             listed = ", ".join(path.name for path in found) or "none"
-            raise UserError(f"no model {folder.name} in {args.models} (there: {listed})")
+            raise UserError(f"no model {name} in {args.models} (there: {listed})")
     return named
 
 

@@ -205,8 +205,8 @@ def with_tables(page: Path, results: dict[str, dict[str, Any]]) -> str:
 
 
 def pages() -> list[Path]:
-    """README.md and the pages of docs/."""
-    return [README, *sorted(DOCS.glob("*.md"))]
+    """README.md and the pages of docs/, without what a kill left of one."""
+    return [README, *sorted(page for page in DOCS.glob("*.md") if not page.name.startswith("tmp-"))]
 
 
 def card_pages() -> dict[Path, str]:

@@ -136,7 +136,7 @@ def _sugarize(
     parameters: dict[str, Any],
     anew: bool = False,
 ) -> list[Undoable]:
-    """What `sugarize` does; returns the changes, in their order. `anew` exchanges what has these settings already, too."""
+    """What `sugarize` does; returns the changes, in their order. `anew` exchanges what has these settings, too."""
     if example is not None:
         _torch.check_examples()
     places = [p for p in find_places(model, types) if filter_fn is None or filter_fn(p.activation, p.name)]

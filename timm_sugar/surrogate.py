@@ -152,7 +152,8 @@ def register_surrogate(
     Both functions are elementwise, made of differentiable torch operations, and take `(x, *values)`. They depend on
     these alone: whatever else they read, compiled code keeps as it was at first. Half-precision inputs reach them as
     float32. Registering the same surrogate once more, as a notebook does, changes nothing; formulas that agree at some
-    4,000 points up to |x| = 65,504 count as the same.
+    4,000 points up to |x| = 65,504 count as the same. Saved models and exported programs keep the name alone:
+    register the same formula wherever they are loaded.
 
     Args:
         name: a new name.

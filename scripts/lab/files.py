@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import os
 import platform
@@ -35,18 +36,26 @@ def environment(device: str) -> dict[str, str]:
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file whole or not at all: a kill or a full disk leaves the old one. A device is written to, no link."""
+    """Write a file whole or not at all: a kill or a full disk leaves the old one. A device is written to, no link.
+
+    Raises OSError, with a line on it if another process writes the same file.
+    """
     content = content.encode() if isinstance(content, str) else content
     if path.is_char_device() or path.is_fifo():  # which a new file would replace
         path.write_bytes(content)
         return
     partial_path = path.with_name(f"tmp-{path.name}")
+    partial_path.unlink(missing_ok=True)  # left by a kill, or a link to another file
     try:
-        partial_path.unlink(missing_ok=True)  # left by a kill, or a link to another file
         with open(partial_path, "xb") as file:
             file.write(content)
         os.replace(partial_path, path)
-    except OSError:  # a full disk, or a folder of that name
+    except (FileExistsError, FileNotFoundError) as error:
+        if not path.parent.is_dir():
+            raise
+        advice = "another process writes this file, too: give the command again when that has ended"
+        raise OSError(errno.EBUSY, advice, str(path)) from error
+    except BaseException:  # a full disk, a folder of that name, Ctrl-C
         partial_path.unlink(missing_ok=True)
         raise
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,23 @@ def test_a_relu_network_has_no_activations_of_its_own_to_compare(tmp_path: Path)
     own = script.with_own_activations(args, timm.create_model("test_efficientnet_sugar", num_classes=5))
     assert own is not None
     assert {*timm_sugar.list_activations(own).values()} == {"SiLU"}
+
+
+def test_a_program_that_the_disk_has_no_room_for_is_an_error_and_leaves_the_old_one(
+    model: nn.Module, tmp_path: Path
+) -> None:
+    """torch, writing the file by itself, ended the process there. A limit on the size of files stands for the disk."""
+    path = tmp_path / "net.pt2"
+    path.write_bytes(b"old")
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, unlimited[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            formats.export(model, torch.randn(2, 3, 32, 32), path, "torch-export")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert [file.name for file in tmp_path.iterdir()] == ["net.pt2"]
+    assert path.read_bytes() == b"old"
 
 
 @pytest.mark.slow

@@ -244,7 +244,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "a token in UTF-16": (
         lambda f: (f / "train.log").write_bytes(("hf_" + 34 * "a").encode("utf-16-le")),
-        "train.log is not text: it has zero bytes",
+        "train.log as text: it has zero bytes",
     ),
     "a token in a picture's comment": (lambda f: comment_picture(f), "curves.png holds what looks like a token"),
     "a token behind a picture": (
@@ -307,7 +307,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda f: resave(f, lambda weights: {k: v.long() if k == "fc.weight" else v for k, v in weights.items()}),
         "fc.weight is torch.int64, not torch.float32",
     ),
-    "a log that is no text": (lambda f: (f / "train.log").write_bytes(b"\xff\xfe\x00"), "train.log is not text"),
+    "a log that is no text": (lambda f: (f / "train.log").write_bytes(b"\xff\xfe\x00"), "train.log as text"),
     "torn weights": (
         lambda f: (f / "model.safetensors").write_bytes((f / "model.safetensors").read_bytes()[:-9]),
         "not a whole safetensors",

@@ -203,6 +203,7 @@ def test_push_twice_from_the_command_line(root: Path, hub: LoopbackHub) -> None:
         (None, "no token: run `hf auth login`"),
         (READ, "can only read"),
         ("hf_secret\x0bsecret", "the token has a character that no token has"),
+        ("hf_secreté", "the token has a character that no token has"),
     ],
 )
 def test_push_without_a_token_that_may_write_is_one_line(
@@ -220,6 +221,7 @@ def test_push_without_a_token_that_may_write_is_one_line(
     ("command", "message"),
     [
         ("push resnet18_sugar.x --models {root}/models", "no model resnet18_sugar.x in"),
+        ("push ../models/resnet18_sugar.x --models {root}/models", "no model ../models/resnet18_sugar.x in"),
         ("push --models {root}/none", "no models in"),
         ("stage {root}/test_resnet_sugar --tag ../../x --dataset d --models {root}/new", "a tag has letters"),
         ("stage {root}/test_resnet_sugar --tag a/b --dataset d --models {root}/new", "a tag has letters"),

@@ -91,8 +91,11 @@ def test_release_stops_at_each_thing_that_is_not_so_and_ends_with_a_wheel(tmp_pa
             git(checkout, "tag", "v9.8.7")
             git(checkout, "commit", "--quiet", "--allow-empty", "--message", "One more")
 
+        log = (checkout / "CHANGELOG.md").read_text()
+        (checkout / "CHANGELOG.md").write_bytes(b"\xff")
         stops: list[tuple[str, Callable[[], object]]] = [
             ("9.8.7.dev0 is no release", lambda: edit(package / "version.py", "9.8.7.dev0", "9.8.7")),
+            ("can't read CHANGELOG.md", lambda: (checkout / "CHANGELOG.md").write_text(log)),
             (
                 "CHANGELOG.md has no 9.8.7",
                 lambda: edit(checkout / "CHANGELOG.md", "This becomes .*", "## [9.8.7] - 2027-01-01"),

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +107,58 @@ def test_a_file_is_not_written_through_a_link_with_its_name(tmp_path: Path) -> N
     assert (tmp_path / "mine").read_text() == "precious"
     assert (tmp_path / "a.csv").read_text() == "content"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv", "mine"]
+
+
+def test_two_writers_of_one_file_are_an_error_that_says_so_and_leave_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    errors: list[OSError] = []
+
+    def attempt(content: bytes) -> OSError | None:
+        try:
+            write_atomically(path, content)
+        except OSError as error:
+            return error
+        return None
+
+    def write(content: bytes) -> None:
+        errors.extend(error for _ in range(300) if (error := attempt(content)))
+
+    threads = [threading.Thread(target=write, args=(letter * 100_000,)) for letter in (b"a", b"b")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert path.read_bytes() in (b"a" * 100_000, b"b" * 100_000)
+    assert {error.strerror.partition(":")[0] for error in errors} <= {"another process writes this file, too"}
+    assert [file.name for file in tmp_path.iterdir()] == ["a.csv"]
+
+
+def test_a_file_that_another_writer_takes_away_is_an_error_that_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def too_late(source: Path, target: Path) -> None:
+        replace(source, target)  # the other one's
+        replace(source, target)
+
+    monkeypatch.setattr("lab.files.os.replace", too_late)
+    with pytest.raises(OSError, match="another process writes this file, too: give the command again"):
+        write_atomically(tmp_path / "a.csv", "text")
+
+
+def test_ctrl_c_while_a_file_is_written_leaves_the_old_one_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_atomically(tmp_path / "a.csv", "old")
+
+    def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lab.files.os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "a.csv", "new")
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("a.csv", "old")]
 
 
 def test_another_experiment_forks_and_says_so(moved: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,7 @@ from lab.training.options import build_parser
 from lab.training.runs import read_checkpoint
 from safetensors.torch import load_file, save_file
 from scripting import error_line, load_script, make_images
-from staging import MEASURED, SWIN, VERSIONS, make_folder, train
+from staging import MEASURED, SWIN, VERSIONS, make_folder, refresh, train
 
 from timm_sugar import list_activations
 
@@ -325,6 +325,11 @@ def test_a_conversion_is_staged_as_the_relu_network_that_it_made(tmp_path: Path)
     recipe = yaml.safe_load((folder / "train_args.yaml").read_text())
     assert (recipe["model"], recipe["checkpoint"], recipe["surrogate"]) == ("test_efficientnet", original.name, "same")
     assert "python scripts/convert.py --config" in (folder / "README.md").read_text()
+    config = json.loads((folder / "config.json").read_text())
+    config["sugar"]["org"] = "me"  # whose card has no note on where the original comes from
+    (folder / "config.json").write_text(json.dumps(config))
+    refresh(folder)
+    assert f"say where yours is: `--checkpoint {original.name}`.\n\n![" in (folder / "README.md").read_text()
 
 
 @pytest.mark.slow

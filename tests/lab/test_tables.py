@@ -55,6 +55,13 @@ def test_pages_show_the_committed_results() -> None:
     assert [name for name in tables.tables(results, tables.README) if f"<!-- {name} -->" not in shown] == []
 
 
+def test_what_a_kill_left_of_a_page_is_no_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("api.md", "tmp-api.md", "training.md"):
+        (tmp_path / name).write_text("")
+    monkeypatch.setattr(tables, "DOCS", tmp_path)
+    assert [page.name for page in tables.pages()] == ["README.md", "api.md", "training.md"]
+
+
 @pytest.mark.parametrize("text", ["<!-- nonsense -->\n<!-- /nonsense -->", "<!-- /models -->"])
 def test_marks_without_a_table_are_refused(text: str, tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text(f"# Title\n\n{text}\n")

@@ -612,6 +612,7 @@ def test_full_disk_keeps_the_last_good_checkpoint(
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert "can't save to" in line
+    assert "as on a full disk" in line
     assert f"--resume {folder}" in line
     assert (folder / "last.pth.tar").read_bytes() == good
     assert {path.name for path in folder.glob("*tmp*")} == {"my_tmp_notes.txt", "tmp-summary"}  # not the run's

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from timm.models import save_for_hf
 
 import timm_sugar
-from timm_sugar.models._weights import describe
+from timm_sugar.models._weights import describe, load_tags
 
 TAG = "test_resnet_sugar.nelu_x"
 PACKAGE = Path(timm_sugar.__file__).parent
@@ -87,6 +87,15 @@ def expected(checkout: Path) -> str:
     """Hash of the published weights of the head."""
     weight = load_file(checkout / "model_cards" / TAG / "model.safetensors")["fc.weight"].float()
     return hashlib.sha256(weight.numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize("content", ["[1", None])
+def test_a_damaged_list_of_weights_is_an_error_that_names_the_file(content: str | None, tmp_path: Path) -> None:
+    path = tmp_path / "weights.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(ImportError, match=r"weights\.json is missing or damaged"):
+        load_tags(path)
 
 
 @pytest.mark.slow

@@ -96,10 +96,17 @@ def load_tags(path: Path = WEIGHTS_FILE) -> dict[str, SugarTag]:
 
     That is the Hub if TIMM_SUGAR_ORG names an organisation to take all weights from; else the folder in model_cards/ if
     there is one; else the Hub if the name is in PUBLISHED; else none, and the name is not listed as pretrained.
+
+    Raises:
+        ImportError: if the file is missing or damaged.
     """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ImportError(f"{path} is missing or damaged: install timm_sugar again, or restore the file") from error
     org = os.environ.get("TIMM_SUGAR_ORG")
     tags = {}
-    for name, entry in json.loads(path.read_text()).items():
+    for name, entry in entries.items():
         file = MODEL_CARDS / name / WEIGHTS
         source: dict[str, Any] = {"hf_hub_id": f"{org or ORG}/{name}" if org or name in PUBLISHED else None}
         if file.exists() and not org:

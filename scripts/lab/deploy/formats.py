@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import tempfile
@@ -60,7 +61,9 @@ def _to_openvino(model: nn.Module, images: Tensor, path: Path) -> None:
 def _to_program(model: nn.Module, images: Tensor, path: Path) -> None:
     with torch.no_grad():
         program = torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-    torch.export.save(program, path)
+    content = io.BytesIO()  # since torch, writing to a full disk by itself, ends the process
+    torch.export.save(program, content)
+    path.write_bytes(content.getvalue())
 
 
 _WRITERS: dict[str, Callable[[nn.Module, Tensor, Path], None]] = {

@@ -111,7 +111,7 @@ def read_texts(path: Path) -> list[str]:
     if path.suffix == ".safetensors":
         with explained(f"{path} is not a whole safetensors file"), safetensors.safe_open(path, "pt") as file:
             return [f"{key} {value}" for key, value in (file.metadata() or {}).items()] + list(file.keys())
-    with explained(f"{path} is not text"):
+    with explained(f"can't read {path} as text"):
         text = path.read_text()
         if "\0" in text:
             raise ValueError("it has zero bytes")

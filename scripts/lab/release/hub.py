@@ -27,6 +27,7 @@ from timm_sugar.version import __version__
 
 _NOT_OURS = {".gitattributes"}  # the Hub's own
 _PASSING = (404, 408, 409, 425, 429)  # client errors that another try may not meet
+ODD_TOKEN = "the token has a character that no token has: set it anew"
 PATIENCE = 60.0  # seconds in which the Hub has to answer; huggingface_hub's client waits for ever
 
 
@@ -44,7 +45,7 @@ def _one_line(repo_id: str) -> Iterator[None]:
         said = (cause.server_message or "") if isinstance(cause, HfHubHTTPError) else ""
         reason = " ".join(said.split()) or (str(cause or error).strip().splitlines() or [type(error).__name__])[0]
         if "Bearer" in reason:  # what httpx says of a header that can't be sent, with all that is in it
-            raise UserError("the token has a character that no token has: set it anew") from None
+            raise UserError(ODD_TOKEN) from None
         if status == 401:
             advice = "the token is not known there, or has run out: run `hf auth login`, or set HF_TOKEN"
         elif status == 403 or (isinstance(cause, PermissionError) and cause.errno is None):  # the latter is xet's
@@ -58,6 +59,8 @@ def _one_line(repo_id: str) -> Iterator[None]:
         raise UserError(
             f"{repo_id}: the answer is not that of a Hub; check HF_ENDPOINT and what lies between"
         ) from error
+    except UnicodeEncodeError:  # what Python says of such a header
+        raise UserError(ODD_TOKEN) from None
     except ValueError as error:  # a name or metadata that the Hub wouldn't take
         raise UserError(f"{repo_id}: {' '.join(str(error).split())}") from error
 

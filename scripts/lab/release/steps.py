@@ -30,18 +30,24 @@ def models() -> list[Path]:
     return sorted(path.parent for path in MODEL_CARDS.glob(f"*/{CONFIG}"))
 
 
+def _read(path: Path) -> str:
+    """The text of a file. Raises UserError if it isn't there or isn't text."""
+    with explained(f"can't read {path.name}"):
+        return path.read_text(encoding="utf-8")
+
+
 def look_at_version() -> str:
     """The version is one to be released, and the changelog has it."""
     if not re.fullmatch(r"\d+\.\d+\.\d+", __version__):
         raise UserError(f"{__version__} is no release: set the version in timm_sugar/version.py, e.g. 0.2.0")
-    if f"\n## [{__version__}] - " not in (ROOT / "CHANGELOG.md").read_text():
+    if f"\n## [{__version__}] - " not in _read(ROOT / "CHANGELOG.md"):
         raise UserError(f"CHANGELOG.md has no {__version__}: write '## [{__version__}] - DATE' over what is unreleased")
     return __version__
 
 
 def look_at_address() -> str:
     """The address of the repository is known, for the links of PyPI's page."""
-    found = re.search(r'^Repository = "(https://\S+)"', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)
+    found = re.search(r'^Repository = "(https://\S+)"', _read(ROOT / "pyproject.toml"), flags=re.MULTILINE)
     if not found or "OWNER" in found[1]:
         raise UserError("the repository has no address: fill in Repository in [project.urls] of pyproject.toml")
     return found[1]

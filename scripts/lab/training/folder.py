@@ -156,6 +156,8 @@ class RunFolder:
                 with suppress(OSError):
                     path.unlink()
             reason = " ".join(str(error).split())
+            if "inline_container" in reason:  # how torch says it
+                reason = "the file can't be written whole, as on a full disk or beyond the limit of `ulimit -f`"
             raise UserError(f"can't save to {self.path} ({reason}); mend that, then {self.resume_command}") from error
 
     def log(self, line: str) -> None:
