@@ -72,10 +72,16 @@ def build_parser() -> Parser:
     return parser
 
 
+def name_of(checkpoint: Path) -> str:
+    """What a run or its checkpoint is called, as in lr0.1 or lr0.1-last: no two runs of a folder share it."""
+    whole = checkpoint.resolve()
+    return whole.name if whole.is_dir() else f"{whole.parent.name}-{whole.name.partition('.')[0]}"
+
+
 def output_of(args: argparse.Namespace) -> Path:
     """Where the file goes. Raises UserError for another suffix, or a folder that isn't there."""
     suffix = SUFFIXES[args.format]
-    name = Path(args.checkpoint).resolve().stem if args.checkpoint else args.model.replace("/", "_").replace(":", "_")
+    name = name_of(Path(args.checkpoint)) if args.checkpoint else args.model.replace("/", "_").replace(":", "_")
     path = args.output or Path(f"{name}{'-int8' if args.format == 'onnx-int8' else ''}{suffix}")
     if path.suffix != suffix:
         raise UserError(f"--output {path}: a file of --format {args.format} ends in {suffix}")

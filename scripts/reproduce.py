@@ -205,6 +205,17 @@ def smoke_of(table: Table, patterns: Sequence[str]) -> Table:
     return replace(table, seeds=1, options=options, variants=variants, baseline=baseline, **untuned)
 
 
+def clear(folder: Path) -> None:
+    """Remove what an earlier --smoke left. Raises UserError for a folder with files that no --smoke made."""
+    mark = folder / ".smoke"
+    if folder.exists() and not mark.exists() and any(folder.iterdir()):
+        raise UserError(f"{folder} has files that --smoke didn't make: move them, or choose another --output")
+    shutil.rmtree(folder, ignore_errors=True)
+    with explained(f"can't write to {folder}"):
+        folder.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+
+
 def run_named(args: argparse.Namespace) -> None:
     """Run the table that is named; write its picture and the pages."""
     table = load_table(args.table)
@@ -213,7 +224,7 @@ def run_named(args: argparse.Namespace) -> None:
     with explained(f"--seeds {args.seeds}"):
         table = replace(table, seeds=args.seeds or table.seeds)
     if args.smoke:
-        shutil.rmtree(args.output, ignore_errors=True)
+        clear(args.output)
         table, args.only = smoke_of(table, args.only), ["*"]
     with explained(f"can't write to {args.output} or {args.results}"):
         args.output.mkdir(parents=True, exist_ok=True)

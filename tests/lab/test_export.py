@@ -5,6 +5,8 @@ from __future__ import annotations
 import collections
 import json
 import resource
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,28 @@ def model() -> nn.Module:
 
 def nodes(path: Path) -> collections.Counter[str]:
     return collections.Counter(node.op_type for node in onnx.load(path).graph.node)
+
+
+def test_no_two_runs_share_the_name_of_their_file(tmp_path: Path) -> None:
+    for name in ("lr0.1", "lr0.2"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "last.pth.tar").touch()
+    found = [script.name_of(tmp_path / name) for name in ("lr0.1", "lr0.2", "lr0.1/last.pth.tar", "lr0.2/last.pth.tar")]
+    assert found == ["lr0.1", "lr0.2", "lr0.1-last", "lr0.2-last"]
+
+
+@pytest.mark.slow
+def test_two_networks_in_openvino_do_not_crash_a_process_that_ends(tmp_path: Path) -> None:
+    """Two cores of OpenVINO 2026.4.1, one for the network and one for its own activations, did."""
+    weights = tmp_path / "weights.pth"
+    torch.save(timm.create_model("test_efficientnet_sugar", num_classes=3).state_dict(), weights)
+    options = ["--checkpoint", str(weights), "--format", "openvino", "--output", str(tmp_path / "net.xml")]
+    options += ["--data-dir", str(make_images(tmp_path / "data")), "-j", "1"]
+    done = subprocess.run(
+        [sys.executable, script.__file__, *TINY, *options], capture_output=True, text=True, timeout=300
+    )
+    assert "with SiLU" in done.stdout
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("form", ["onnx", pytest.param("openvino", marks=pytest.mark.slow), "torch-export"])

@@ -464,11 +464,26 @@ def test_a_second_smoke_leaves_the_first_its_folder(tiny: Path, tmp_path: Path, 
     words = [str(tiny), "--smoke", "--output", str(tmp_path / "o")]
     kept = tmp_path / "o" / "smoke" / "kept"
     kept.mkdir(parents=True)
+    (kept.parent / ".smoke").touch()
     with locked(tmp_path / "o" / "smoke.lock"):
         assert f"another process works in {kept.parent}: wait" in error_line(reproduce.main, words, capsys)
     assert kept.exists()
     assert reproduce.main(words) == 0
     assert not kept.exists()
+
+
+def test_smoke_removes_nothing_that_it_did_not_make(tiny: Path, tmp_path: Path, capsys: Any) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    tiny.write_text(f"script: {script}\n{TINY}")
+    mine = tmp_path / "o" / "smoke" / "thesis.txt"
+    mine.parent.mkdir(parents=True)
+    mine.write_text("precious")
+    words = [str(tiny), "--smoke", "--output", str(tmp_path / "o")]
+    assert f"{mine.parent} has files that --smoke didn't make" in error_line(reproduce.main, words, capsys)
+    assert mine.read_text() == "precious"
+    mine.unlink()
+    assert reproduce.main(words) == 0
 
 
 def test_a_run_that_fails_ends_with_a_line(tiny: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

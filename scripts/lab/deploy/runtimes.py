@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,17 @@ def _open_onnxruntime(path: Path, threads: int) -> Network:
 
 
 def _open_openvino(path: Path, threads: int) -> Network:
+    settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
+    compiled = _openvino_core().compile_model(str(path), "CPU", settings)
+    return lambda images: np.array(compiled(images)[0])
+
+
+@cache
+def _openvino_core() -> Any:
+    """One for all networks: a process with several crashed when it ended (OpenVINO 2026.4.1)."""
     import openvino
 
-    settings = {"INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(str(path), "CPU", settings)
-    return lambda images: np.array(compiled(images)[0])
+    return openvino.Core()
 
 
 def _open_program(path: Path, threads: int) -> Network:
