@@ -54,7 +54,7 @@ def build_parser() -> Parser:
     add_options(parser)
     add = parser.add_argument
     add("--format", default="onnx", choices=SUFFIXES, help="(default: %(default)s)")
-    add("--output", metavar="FILE", type=Path, help="(default: MODEL with the suffix of the format)")
+    add("--output", metavar="FILE", type=Path, help="(default: named after the run or the model)")
     add("--calibration", metavar="DIR", help="int8: a folder of training images, CLASS/*.png or train/CLASS/*.png")
     add("--calibration-images", **n(LEAST_IMAGES, default=128), help="a random part of them (default: %(default)s)")
     add(
@@ -75,7 +75,7 @@ def build_parser() -> Parser:
 def name_of(checkpoint: Path) -> str:
     """What a run or its checkpoint is called, as in lr0.1 or lr0.1-last: no two runs of a folder share it."""
     whole = checkpoint.resolve()
-    return whole.name if whole.is_dir() else f"{whole.parent.name}-{whole.name.partition('.')[0]}"
+    return whole.name if whole.is_dir() else f"{whole.parent.name}-{Path(whole.name.removesuffix('.tar')).stem}"
 
 
 def output_of(args: argparse.Namespace) -> Path:

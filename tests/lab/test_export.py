@@ -43,8 +43,9 @@ def test_no_two_runs_share_the_name_of_their_file(tmp_path: Path) -> None:
     for name in ("lr0.1", "lr0.2"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "last.pth.tar").touch()
-    found = [script.name_of(tmp_path / name) for name in ("lr0.1", "lr0.2", "lr0.1/last.pth.tar", "lr0.2/last.pth.tar")]
-    assert found == ["lr0.1", "lr0.2", "lr0.1-last", "lr0.2-last"]
+        (tmp_path / name / "ema.v1.safetensors").touch()
+    found = [script.name_of(tmp_path / name) for name in ("lr0.1", "lr0.1/last.pth.tar", "lr0.2/ema.v1.safetensors")]
+    assert found == ["lr0.1", "lr0.1-last", "lr0.2-ema.v1"]
 
 
 @pytest.mark.slow
