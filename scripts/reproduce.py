@@ -47,6 +47,7 @@ from lab.training.groups import n
 
 ROOT = Path(__file__).resolve().parents[1]
 SMOKE = {"epochs": 1, "batch_size": 8, "warmup_epochs": 0}
+OF_SMOKE = ".smoke"  # a file in the folders that --smoke made and may remove
 PAUSE = 5.0  # seconds between two looks at what another process works on
 
 
@@ -207,13 +208,9 @@ def smoke_of(table: Table, patterns: Sequence[str]) -> Table:
 
 def clear(folder: Path) -> None:
     """Remove what an earlier --smoke left. Raises UserError for a folder with files that no --smoke made."""
-    mark = folder / ".smoke"
-    if folder.exists() and not mark.exists() and any(folder.iterdir()):
+    if folder.exists() and not (folder / OF_SMOKE).exists() and any(folder.iterdir()):
         raise UserError(f"{folder} has files that --smoke didn't make: move them, or choose another --output")
     shutil.rmtree(folder, ignore_errors=True)
-    with explained(f"can't write to {folder}"):
-        folder.mkdir(parents=True, exist_ok=True)
-        mark.touch()
 
 
 def run_named(args: argparse.Namespace) -> None:
@@ -229,6 +226,8 @@ def run_named(args: argparse.Namespace) -> None:
     with explained(f"can't write to {args.output} or {args.results}"):
         args.output.mkdir(parents=True, exist_ok=True)
         args.results.mkdir(parents=True, exist_ok=True)
+        if args.smoke:
+            (args.output / OF_SMOKE).touch()
     run_table(table, args)
     write_picture(table, args.results)
     write_pages(args.results)

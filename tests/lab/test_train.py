@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import math
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -23,7 +22,7 @@ from lab.training.folder import RunFolder
 from lab.training.options import parse_args
 from lab.training.runs import find_checkpoint, load_file, plot_curves
 from lab.training.setup import build_model
-from scripting import SCRIPTS, TINY, error_line, load_script, make_images
+from scripting import SCRIPTS, TINY, error_line, largest_file, load_script, make_images
 
 import timm_sugar
 from timm_sugar import _compiled as compiled
@@ -599,18 +598,13 @@ def test_output_folder_that_exists_or_cannot_be_made(
 def test_full_disk_keeps_the_last_good_checkpoint(
     data: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A limit on the size of files stands for the disk: the system refuses to write the rest of the checkpoint."""
     assert train.main(options(data, tmp_path, "--resume", "auto", "--epochs", "3", "--sched", "none")) == 0
     folder = tmp_path / "run"
     (folder / "my_tmp_notes.txt").write_text("")
     (folder / "tmp-summary").mkdir()
     good = (folder / "last.pth.tar").read_bytes()
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2, unlimited[1]))
-    try:
+    with largest_file(len(good) // 2):
         line = error_line(train.main, ["--resume", str(folder), "--epochs", "4"], capsys)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     assert "can't save to" in line
     assert "as on a full disk" in line
     assert f"--resume {folder}" in line
